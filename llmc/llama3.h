@@ -1,0 +1,192 @@
+/*
+What a Llama 3 is: its sizes, its presets, and the one list of its parameters.
+
+    x = embed[token]
+    for each layer:     x += attention(rope(rmsnorm(x) · q, k, v)) · o
+                        x += swiglu(rmsnorm(x) · gate, up) · down
+    logits = rmsnorm(x) · lm_head
+
+The legend, the same everywhere. Single capitals are only ever dimensions:
+
+    B   batch                       C    model width            NH   query heads
+    T   sequence length             L    layers                 NKV  key/value heads, a divisor of NH
+    N   B*T, rows                   V    vocabulary             HD   head size, even
+    F   feed-forward width          Vp   V rounded up to 64: the row stride of logits
+    QKV (NH + 2*NKV) * HD, the width of q, k and v side by side
+
+Every matrix is stored (outputs, inputs), as HuggingFace stores it. In training q, k, v lie one after the other, so that
+one product makes all three; so do gate and up. Models read from a file stay where the file put them.
+*/
+#pragma once
+
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "dtype.h"
+#include "error.h"
+#include "random.h"
+
+// ---- sizes -----------------------------------------------------------------------------------
+
+enum { MAX_EOS = 8 };
+
+typedef struct {
+    int C, L, NH, NKV, HD, F, V;
+    bool tied;      // lm_head is the embedding
+    int context;    // longest sequence the model was made for
+    float eps;      // of RMSNorm
+    double theta;   // RoPE's base
+    double factor;  // RoPE's llama3 scaling: 1 none, 8 in Llama 3.1, 32 in 3.2; with
+    double low, high;
+    int original;   // the context before scaling
+    int bos;        // -1: none
+    int eos[MAX_EOS], n_eos;
+} Config;
+
+static inline int config_qkv(const Config* c) { return (c->NH + 2 * c->NKV) * c->HD; }
+
+// ---- presets ---------------------------------------------------------------------------------
+
+typedef struct {
+    const char* name;
+    int C, L, NH, NKV, HD, F, V; // V 0: the tokenizer's
+    bool tied;
+    int context;
+    double factor;
+} Preset;
+
+// clang-format off
+static const Preset presets[] = {
+//    name             C    L  NH NKV   HD      F       V   tied   context  factor
+    { "tiny",        128,   4,  4,  2,  32,   384,      0,  true,      256,  1 },
+    { "15M",         288,   6,  6,  2,  48,   768,      0,  true,      256,  1 },
+    { "42M",         512,   8,  8,  4,  64,  1376,      0,  true,     1024,  1 },
+    { "110M",        768,  12, 12,  4,  64,  2048,      0,  true,     1024,  1 },
+    { "350M",       1024,  24, 16,  4,  64,  2816,      0,  true,     2048,  1 },
+    { "llama3-150M", 768,  12, 12,  4,  64,  2048, 128256,  true,     8192,  1 },
+    { "llama3.2-1B", 2048, 16, 32,  8,  64,  8192, 128256,  true,   131072, 32 },
+    { "llama3.2-3B", 3072, 28, 24,  8, 128,  8192, 128256,  true,   131072, 32 },
+    { "llama3.1-8B", 4096, 32, 32,  8, 128, 14336, 128256, false,   131072,  8 },
+    { "llama3.1-70B",8192, 80, 64,  8, 128, 28672, 128256, false,   131072,  8 },
+};
+// clang-format on
+enum { N_PRESETS = sizeof presets / sizeof presets[0] };
+
+// false when there is no preset of that name. V stays 0 where the tokenizer decides it; bos and eos are none for those,
+// and Llama 3's own for the others
+static inline bool config_preset(Config* c, const char* name) {
+    for (int i = 0; i < N_PRESETS; i++) {
+        const Preset* p = &presets[i];
+        if (strcmp(p->name, name) != 0) continue;
+        memset(c, 0, sizeof *c);
+        c->C = p->C, c->L = p->L, c->NH = p->NH, c->NKV = p->NKV, c->HD = p->HD, c->F = p->F, c->V = p->V;
+        c->tied = p->tied;
+        c->context = p->context;
+        c->eps = 1e-5f;
+        c->theta = 500000;
+        c->factor = p->factor, c->low = 1, c->high = 4, c->original = 8192;
+        c->bos = p->V ? 128000 : -1;
+        c->n_eos = p->V ? 1 : 0;
+        c->eos[0] = 128001;
+        return true;
+    }
+    return false;
+}
+
+// ---- parameters ------------------------------------------------------------------------------
+
+typedef struct {
+    Tensor attn_norm;        // (C)
+    Tensor q, k, v;          // (NH*HD, C), (NKV*HD, C), (NKV*HD, C)
+    Tensor o;                // (C, NH*HD)
+    Tensor ffn_norm;         // (C)
+    Tensor gate, up, down;   // (F, C), (F, C), (C, F)
+} LayerParams;
+
+typedef struct {
+    Tensor embed;            // (V, C)
+    LayerParams* layer;      // [L]
+    Tensor norm;             // (C)
+    Tensor lm_head;          // (V, C); the same numbers as embed when tied
+} Params;
+
+// one entry of the list: what everything that walks the parameters needs to know of a tensor
+typedef struct {
+    char name[64];           // HuggingFace's
+    Tensor* tensor;          // the field of Params that holds it
+    int rows, cols;          // rows 0: a vector of cols numbers
+    float std;               // of its initial values; 0: they are all 1
+    bool joined;             // lies right behind the one before it, without padding
+} Param;
+
+static inline size_t param_size(const Param* p) { return (size_t)(p->rows ? p->rows : 1) * (size_t)p->cols; }
+static inline bool param_decays(const Param* p) { return p->rows != 0; } // weight decay is for matrices
+
+static inline int llama3_count(const Config* c) { return 2 + 9 * c->L + (c->tied ? 0 : 1); }
+
+// THE list. Every parameter tensor of p once, in file order, into list (llama3_count entries). Allocation, initialisation,
+// loading, saving, AdamW and the tests all walk it. To add a tensor: one field above, one line here, one in the count.
+static inline void llama3_list(Param* list, Params* p, const Config* c) {
+    const float std = 0.02f, residual_std = 0.02f / sqrtf(2.0f * (float)c->L);
+    const int Q = c->NH * c->HD, KV = c->NKV * c->HD;
+    const bool joined = true, apart = false;
+    int n = 0;
+#define ADD(tensor, rows, cols, std, joined, ...)                                                                      \
+    do {                                                                                                               \
+        Param entry = { "", tensor, rows, cols, std, joined };                                                         \
+        snprintf(entry.name, sizeof entry.name, __VA_ARGS__);                                                          \
+        list[n++] = entry;                                                                                             \
+    } while (0)
+    // clang-format off
+    ADD(&p->embed,           c->V, c->C, std,          apart,  "model.embed_tokens.weight");
+    for (int l = 0; l < c->L; l++) {
+        LayerParams* w = &p->layer[l];
+        ADD(&w->attn_norm,   0,    c->C, 0,            apart,  "model.layers.%d.input_layernorm.weight", l);
+        ADD(&w->q,           Q,    c->C, std,          apart,  "model.layers.%d.self_attn.q_proj.weight", l);
+        ADD(&w->k,           KV,   c->C, std,          joined, "model.layers.%d.self_attn.k_proj.weight", l);
+        ADD(&w->v,           KV,   c->C, std,          joined, "model.layers.%d.self_attn.v_proj.weight", l);
+        ADD(&w->o,           c->C, Q,    residual_std, apart,  "model.layers.%d.self_attn.o_proj.weight", l);
+        ADD(&w->ffn_norm,    0,    c->C, 0,            apart,  "model.layers.%d.post_attention_layernorm.weight", l);
+        ADD(&w->gate,        c->F, c->C, std,          apart,  "model.layers.%d.mlp.gate_proj.weight", l);
+        ADD(&w->up,          c->F, c->C, std,          joined, "model.layers.%d.mlp.up_proj.weight", l);
+        ADD(&w->down,        c->C, c->F, residual_std, apart,  "model.layers.%d.mlp.down_proj.weight", l);
+    }
+    ADD(&p->norm,            0,    c->C, 0,            apart,  "model.norm.weight");
+    if (!c->tied)
+        ADD(&p->lm_head,     c->V, c->C, std,          apart,  "lm_head.weight");
+    // clang-format on
+#undef ADD
+    require(n == llama3_count(c), "llama3_count counts the tensors that llama3_list lists");
+}
+
+// the number of parameters
+static inline size_t llama3_size(const Param* list, int n) {
+    size_t total = 0;
+    for (int i = 0; i < n; i++) total += param_size(&list[i]);
+    return total;
+}
+
+// points the tensors at base, each 256-byte aligned unless joined, a layer in one contiguous range; returns the bytes
+// needed. With base NULL it only counts
+static inline size_t llama3_place(Param* list, int n, Dtype dtype, void* base) {
+    size_t bytes = 0;
+    for (int i = 0; i < n; i++) {
+        if (!list[i].joined) bytes = (bytes + 255) & ~(size_t)255;
+        if (base) list[i].tensor->data = (char*)base + bytes, list[i].tensor->dtype = dtype;
+        bytes += param_size(&list[i]) * dtype_bytes(dtype);
+    }
+    return bytes;
+}
+
+// initial values of F32 tensors: normal, or 1 for the norms. They depend on (seed, place in the list, index) alone
+static inline void llama3_init(Param* list, int n, uint64_t seed) {
+    for (int i = 0; i < n; i++) {
+        float *w = (float*)list[i].tensor->data, std = list[i].std;
+        int64_t size = (int64_t)param_size(&list[i]);
+#pragma omp parallel for
+        for (int64_t j = 0; j < size; j++) w[j] = std != 0 ? std * random_normal(seed, (uint64_t)i, (uint64_t)j) : 1;
+    }
+}
