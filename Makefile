@@ -35,7 +35,7 @@ endif
 # ---- the programs ------------------------------------------------------------------------------
 
 .DEFAULT_GOAL := llama3
-.PHONY: help deps test format clean
+.PHONY: help deps test fuzz fuzz-run format clean
 
 ## test: everything that needs no GPU, no network and no Python
 TESTS := $(patsubst dev/test/%.c,$(BUILD)/%,$(wildcard dev/test/test_*.c))
@@ -45,6 +45,22 @@ test: $(TESTS)
 $(BUILD)/test_%: dev/test/test_%.c Makefile | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) -o $@ $< $(call flags,$(LIBS) cmocka) -lm
+
+## fuzz: libFuzzer targets (clang) under ASan and UBSan, in build/fuzz
+FUZZERS := $(patsubst dev/test/fuzz_%.c,build/fuzz/%,$(wildcard dev/test/fuzz_*.c))
+FUZZ_CC := clang
+FUZZ_FLAGS := -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+fuzz: $(FUZZERS)
+
+build/fuzz/%: dev/test/fuzz_%.c Makefile
+	@mkdir -p $(@D)
+	$(FUZZ_CC) -std=gnu11 -Wall -Wextra -Werror -I. -MMD -MP $(FUZZ_FLAGS) -o $@ $< $(call flags,$(LIBS)) -lm
+
+## fuzz-run: run each fuzzer for SECONDS=60
+SECONDS ?= 60
+fuzz-run: $(FUZZERS)
+	@for fuzzer in $(FUZZERS); do mkdir -p $$fuzzer.corpus; \
+	    $$fuzzer -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=4096 -print_final_stats=1 $$fuzzer.corpus || exit 1; done
 
 ## deps: install what is missing (compiler, pkg-config, PCRE2, cJSON, cmocka)
 deps:
@@ -62,4 +78,4 @@ clean:
 help:
 	@sed -n 's/^## \([a-z0-9_-]*\): \(.*\)/  make \1|\2/p' Makefile | sort | awk -F'|' '{ printf "%-22s %s\n", $$1, $$2 }'
 
--include $(wildcard $(BUILD)/*.d)
+-include $(wildcard $(BUILD)/*.d build/fuzz/*.d)
