@@ -1,0 +1,42 @@
+/*
+One block of memory for many arrays, laid out by code that runs twice: with no block it only counts, then the block is
+allocated, and the same code places the arrays.
+
+    Arena arena = { 0 };
+    layout(&arena, …);                  // every arena_floats() returns NULL; arena.used is the size needed
+    arena_allocate(&arena);
+    layout(&arena, …);                  // now they point into the block
+    arena_free(&arena);
+
+Arrays are 64-byte aligned, zero at first, and live as long as the arena.
+*/
+#pragma once
+
+#include "error.h"
+
+typedef struct {
+    char* block;   // NULL while counting
+    size_t used;   // bytes
+} Arena;
+
+static inline float* arena_floats(Arena* a, size_t n) {
+    a->used = (a->used + 63) & ~(size_t)63;
+    float* p = a->block ? (float*)(void*)(a->block + a->used) : NULL;
+    require(n <= (SIZE_MAX - a->used) / sizeof(float), "arena sizes are bounded before they are asked for");
+    a->used += n * sizeof(float);
+    return p;
+}
+
+static inline void arena_allocate(Arena* a) {
+    size_t bytes = (a->used + 63) & ~(size_t)63;
+    a->block = (char*)aligned_alloc(64, bytes ? bytes : 64);
+    if (!a->block) die("out of memory: %.1f MiB asked for", (double)bytes / 0x1p20);
+    memset(a->block, 0, bytes);
+    a->used = 0;
+}
+
+static inline void arena_free(Arena* a) {
+    free(a->block);
+    a->block = NULL;
+    a->used = 0;
+}
