@@ -21,6 +21,7 @@ Proved by       dev/test/test_files.c, dev/test/fuzz_json.c
 #include <string.h>
 
 #include "error.h"
+#include "file.h"
 
 // bytes of the UTF-8 character that begins at p and ends before end; 0 when there is no valid one
 static inline int utf8_length(const unsigned char* p, const unsigned char* end) {
@@ -134,7 +135,7 @@ static inline bool json_check_keys(const cJSON* object, Error* err) {
 // refuses duplicate keys and infinite numbers anywhere in the tree
 static inline bool json_check_tree(const cJSON* item, Error* err) {
     if (cJSON_IsNumber(item) && !isfinite(item->valuedouble))
-        return set_error(err, "a number in \"%.100s\" is too large", item->string ? item->string : "an array");
+        return set_error(err, "number too large%s%.100s", item->string ? ": " : "", item->string ? item->string : "");
     if (cJSON_IsObject(item) && !json_check_keys(item, err)) return false;
     const cJSON* child;
     cJSON_ArrayForEach(child, item) if (!json_check_tree(child, err)) return false;
@@ -169,4 +170,14 @@ static inline bool json_whole(const cJSON* item, int64_t* value) {
     if (!cJSON_IsNumber(item) || !(fabs(item->valuedouble) <= 0x1p53)) return false;
     *value = (int64_t)item->valuedouble;
     return (double)*value == item->valuedouble;
+}
+
+// writes the tree to folder/name, and deletes it
+static inline bool json_write(cJSON* root, const char* folder, const char* name, Error* err) {
+    char path[PATH_SIZE], *text = cJSON_Print(root);
+    cJSON_Delete(root);
+    if (!text) die("out of memory for %s", name);
+    bool ok = path_join(path, folder, name, err) && write_file(path, text, strlen(text), err);
+    free(text);
+    return ok;
 }
