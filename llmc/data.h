@@ -137,7 +137,8 @@ static inline bool data_write_bin(const char* path, const int32_t* ids, size_t n
     Writer w;
     if (!writer_open(&w, path, err) || !writer_put(&w, header, sizeof header, err)) return false;
     for (size_t start = 0; start < n; start += CHUNK) {
-        size_t count = n - start < CHUNK ? n - start : CHUNK;
+        size_t count = n - start;
+        if (count > CHUNK) count = CHUNK;
         for (size_t i = 0; i < count; i++) {
             uint32_t id = (uint32_t)ids[start + i];
             require(id < (uint32_t)V, "ids are in the vocabulary");
