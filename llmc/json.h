@@ -172,12 +172,16 @@ static inline bool json_whole(const cJSON* item, int64_t* value) {
     return (double)*value == item->valuedouble;
 }
 
-// writes the tree to folder/name, and deletes it
+// ---- writing ---------------------------------------------------------------------------------
+
+// writes the tree to folder/name, and deletes the tree
 static inline bool json_write(cJSON* root, const char* folder, const char* name, Error* err) {
     char path[PATH_SIZE], *text = cJSON_Print(root);
     cJSON_Delete(root);
     if (!text) die("out of memory for %s", name);
-    bool ok = path_join(path, folder, name, err) && write_file(path, text, strlen(text), err);
+    Writer w;
+    bool ok = path_join(path, folder, name, err) && writer_open(&w, path, err) &&
+              writer_put(&w, text, strlen(text), err) && writer_put(&w, "\n", 1, err) && writer_close(&w, err);
     free(text);
     return ok;
 }
