@@ -1,0 +1,225 @@
+/*
+Attention: causal, grouped-query, without ever holding the T x T matrix.
+
+    forward     s[t, j] = scale * q[t] . k[j]                   for the keys j = 0 .. pos + t; scale = 1 / sqrt(HD)
+                lse[t]  = log(sum over j of e^s[t, j])
+                out[t]  = sum over j of p[t, j] * v[j]          p[t, j] = e^(s[t, j] - lse[t])
+    backward    dv[j]   = sum over t of p[t, j] * dout[t]
+                ds[t, j] = p[t, j] * (dout[t] . v[j] - dout[t] . out[t])
+                dq[t]   = scale * sum over j of ds[t, j] * k[j]
+                dk[j]   = scale * sum over t of ds[t, j] * q[t]
+
+Query head h reads key/value head h / G, G = NH / NKV, where it lies: nothing is copied per query head.
+
+Tiles           a task of the forward pass is one sequence, one kv head, 32 queries: it walks the keys 64 at a time with an
+                online softmax (running maximum m and sum l; when m grows, what was summed is scaled by e^(old - new)).
+                A task of the backward pass is one sequence and one kv head; p is computed again from lse. The key tile is
+                transposed once for all heads of the group, so that every product is rows += number * row: contiguous
+                vectors, no sum across lanes
+Shapes          out dout (B, T, NH*HD)    lse (B, NH, T)    q, k, v: rows of any stride, heads side by side
+Numerics        fp32. Each task owns what it writes and sums in a fixed order: same bits for any number of threads
+Bound by        FLOPs in training: 2 * NH*HD * T^2 a sequence forward (half of the 4 * NH*HD * T^2 of the full square) and
+                2.5 times that backward; memory in generation: 2 * NKV*HD numbers per key and token
+Proved by       dev/test/test_ops.c (finite differences; against a plain T x T softmax; against repeat_kv; with a cache),
+                test_ops_float.c (same bits for any threads; one huge score)
+Source          Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022,
+                "FlashAttention"
+*/
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "error.h"
+#include "exp.h"
+
+enum { ATTENTION_QUERIES = 32, ATTENTION_KEYS = 64 };
+
+// ---- tiles ------------------------------------------------------------------------------------
+
+// c (M, N) += scale * a (M, K) · b (K, N). Rows of c and b are contiguous, ldc and ldb apart; element (i, k) of a is
+// a[i * row + k * col]
+static inline void attention_product(float* c, size_t ldc, const float* a, size_t row, size_t col, const float* b,
+                                     size_t ldb, int M, int K, int N, float scale) {
+    for (int i = 0; i < M; i++) {
+        float* ci = c + i * ldc;
+        const float* ai = a + i * row;
+        int k = 0;
+        for (; k + 4 <= K; k += 4) {
+            const float *b0 = b + k * ldb, *b1 = b0 + ldb, *b2 = b1 + ldb, *b3 = b2 + ldb;
+            float a0 = scale * ai[k * col], a1 = scale * ai[(k + 1) * col];
+            float a2 = scale * ai[(k + 2) * col], a3 = scale * ai[(k + 3) * col];
+#pragma omp simd
+            for (int j = 0; j < N; j++) ci[j] += a0 * b0[j] + a1 * b1[j] + a2 * b2[j] + a3 * b3[j];
+        }
+        for (; k < K; k++) {
+            float ak = scale * ai[k * col];
+#pragma omp simd
+            for (int j = 0; j < N; j++) ci[j] += ak * b[k * ldb + j];
+        }
+    }
+}
+
+// xt (HD, ATTENTION_KEYS) = the transpose of n rows of x, the columns beyond them 0
+static inline void attention_transpose(float* xt, const float* x, size_t ldx, int n, int HD) {
+    for (int i = 0; i < HD; i++) {
+        float* to = xt + (size_t)i * ATTENTION_KEYS;
+        for (int j = 0; j < n; j++) to[j] = x[j * ldx + i];
+        for (int j = n; j < ATTENTION_KEYS; j++) to[j] = 0;
+    }
+}
+
+// ---- CPU reference ---------------------------------------------------------------------------
+
+// one row of scores s (n keys that the query sees, then others up to width) becomes e^(s - m) with 0 for the others;
+// returns what earlier sums must be scaled by, and updates the running maximum m and sum l
+static inline float attention_softmax(float* s, int n, int width, float* m, float* l) {
+    float max = *m, sum = 0;
+#pragma omp simd reduction(max : max)
+    for (int j = 0; j < n; j++) max = s[j] > max ? s[j] : max;
+    float rescale = exp32(*m - max);
+#pragma omp simd reduction(+ : sum)
+    for (int j = 0; j < n; j++) {
+        s[j] = exp32(s[j] - max);
+        sum += s[j];
+    }
+    for (int j = n; j < width; j++) s[j] = 0;
+    *m = max;
+    *l = *l * rescale + sum;
+    return rescale;
+}
+
+// the queries t0 .. t0 + rows - 1 of one sequence, for the G heads that share k and v; all pointers at row 0 and the
+// group's first head, lse (G, T). kt (HD, ATTENTION_KEYS), m and l (G, ATTENTION_QUERIES) are scratch
+static inline void attention_forward_task(float* out, float* lse, const float* q, const float* k, const float* v,
+                                          int t0, int rows, int T, int pos, int G, int NH, int HD, int ldq, int ldkv,
+                                          float* kt, float* m, float* l) {
+    const size_t ldo = (size_t)NH * HD;
+    const float scale = 1 / sqrtf((float)HD);
+    float s[ATTENTION_QUERIES * ATTENTION_KEYS];
+    for (int i = 0; i < G * ATTENTION_QUERIES; i++) m[i] = -INFINITY, l[i] = 0;
+    for (int r = 0; r < rows; r++) memset(out + (t0 + r) * ldo, 0, sizeof(float) * G * HD);
+    const int keys = pos + t0 + rows; // that the last query sees
+    for (int j0 = 0; j0 < keys; j0 += ATTENTION_KEYS) {
+        const int n = keys - j0 < ATTENTION_KEYS ? keys - j0 : ATTENTION_KEYS, width = (n + 15) & ~15;
+        attention_transpose(kt, k + (size_t)j0 * ldkv, ldkv, n, HD);
+        for (int h = 0; h < G; h++) {
+            float *oh = out + t0 * ldo + (size_t)h * HD, *mh = m + h * ATTENTION_QUERIES,
+                  *lh = l + h * ATTENTION_QUERIES;
+            memset(s, 0, sizeof s);
+            attention_product(s, ATTENTION_KEYS, q + (size_t)t0 * ldq + (size_t)h * HD, ldq, 1, kt, ATTENTION_KEYS,
+                              rows, HD, width, scale);
+            for (int r = 0; r < rows; r++) {
+                int seen = pos + t0 + r + 1 - j0;
+                seen = seen < 0 ? 0 : seen < n ? seen : n;
+                float rescale = attention_softmax(s + r * ATTENTION_KEYS, seen, n, mh + r, lh + r);
+                for (int i = 0; i < HD; i++) oh[r * ldo + i] *= rescale;
+            }
+            attention_product(oh, ldo, s, ATTENTION_KEYS, 1, v + (size_t)j0 * ldkv, ldkv, rows, n, HD, 1);
+        }
+    }
+    for (int h = 0; h < G; h++)
+        for (int r = 0; r < rows; r++) {
+            float sum = l[h * ATTENTION_QUERIES + r], *o = out + (t0 + r) * ldo + (size_t)h * HD;
+            for (int i = 0; i < HD; i++) o[i] /= sum;
+            if (lse) lse[(size_t)h * T + t0 + r] = m[h * ATTENTION_QUERIES + r] + logf(sum);
+        }
+}
+
+// overwrites out (B, T, NH*HD) and lse (B, NH, T), which may be NULL. Row t of sequence b of q is at q + (b*T + t) * ldq and
+// sees the keys 0 .. pos + t; row j of k and v is at k + (b*S + j) * ldkv. S is the rows kept per sequence: T in training,
+// the capacity of the cache in generation
+static inline void attention_forward_cpu(float* out, float* lse, const float* q, const float* k, const float* v, int B,
+                                         int T, int S, int pos, int NH, int NKV, int HD, int ldq, int ldkv) {
+    const int G = NH / NKV, tiles = (T + ATTENTION_QUERIES - 1) / ATTENTION_QUERIES;
+    const int64_t tasks = (int64_t)tiles * B * NKV;
+#pragma omp parallel if (tasks > 1 && (double)B * T * (pos + T) * NH * HD > 16384)
+    {
+        float* kt = (float*)allocate((size_t)HD * ATTENTION_KEYS + 2 * (size_t)G * ATTENTION_QUERIES, sizeof(float));
+        float *m = kt + (size_t)HD * ATTENTION_KEYS, *l = m + (size_t)G * ATTENTION_QUERIES;
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < tasks; task++) { // the longest first
+            const int tile = tiles - 1 - (int)(task / (B * NKV)), b = (int)(task / NKV % B), g = (int)(task % NKV);
+            const int t0 = tile * ATTENTION_QUERIES, rows = T - t0 < ATTENTION_QUERIES ? T - t0 : ATTENTION_QUERIES;
+            const size_t row = (size_t)b * T, key = (size_t)b * S * ldkv + (size_t)g * HD, head = (size_t)g * G;
+            attention_forward_task(out + (row * NH + head) * HD, lse ? lse + ((size_t)b * NH + head) * T : NULL,
+                                   q + row * ldq + head * HD, k + key, v + key, t0, rows, T, pos, G, NH, HD, ldq, ldkv,
+                                   kt, m, l);
+        }
+        free(kt);
+    }
+}
+
+// one sequence and one kv head with the G query heads that share it; pointers as in the forward task. kt and vt
+// (HD, ATTENTION_KEYS) and dots (G, T) are scratch
+static inline void attention_backward_task(float* dq, float* dk, float* dv, const float* dout, const float* q,
+                                           const float* k, const float* v, const float* out, const float* lse, int T,
+                                           int G, int NH, int HD, int ld, float* kt, float* vt, float* dots) {
+    const size_t ldo = (size_t)NH * HD;
+    const float scale = 1 / sqrtf((float)HD);
+    float p[ATTENTION_QUERIES * ATTENTION_KEYS], ds[ATTENTION_QUERIES * ATTENTION_KEYS];
+    for (int t = 0; t < T; t++) {
+        memset(dq + (size_t)t * ld, 0, sizeof(float) * G * HD);
+        memset(dk + (size_t)t * ld, 0, sizeof(float) * HD);
+        memset(dv + (size_t)t * ld, 0, sizeof(float) * HD);
+        for (int h = 0; h < G; h++) {
+            const float *a = dout + t * ldo + (size_t)h * HD, *o = out + t * ldo + (size_t)h * HD;
+            float dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (int i = 0; i < HD; i++) dot += a[i] * o[i];
+            dots[(size_t)h * T + t] = dot;
+        }
+    }
+    for (int j0 = 0; j0 < T; j0 += ATTENTION_KEYS) {
+        const size_t key = (size_t)j0 * ld;
+        const int all = T - j0 < ATTENTION_KEYS ? T - j0 : ATTENTION_KEYS;
+        attention_transpose(kt, k + key, ld, all, HD);
+        attention_transpose(vt, v + key, ld, all, HD);
+        for (int h = 0; h < G; h++)
+            for (int t0 = j0; t0 < T; t0 += ATTENTION_QUERIES) {
+                const int rows = T - t0 < ATTENTION_QUERIES ? T - t0 : ATTENTION_QUERIES;
+                const int n = t0 + rows - j0 < all ? t0 + rows - j0 : all, width = (n + 15) & ~15; // keys seen
+                const size_t query = (size_t)t0 * ld + (size_t)h * HD;
+                const float* dout_tile = dout + t0 * ldo + (size_t)h * HD;
+                memset(p, 0, sizeof p), memset(ds, 0, sizeof ds);
+                attention_product(p, ATTENTION_KEYS, q + query, ld, 1, kt, ATTENTION_KEYS, rows, HD, width, scale);
+                attention_product(ds, ATTENTION_KEYS, dout_tile, ldo, 1, vt, ATTENTION_KEYS, rows, HD, width, 1);
+                for (int r = 0; r < rows; r++) {
+                    float *pr = p + r * ATTENTION_KEYS, *dsr = ds + r * ATTENTION_KEYS;
+                    const float l = lse[(size_t)h * T + t0 + r], dot = dots[(size_t)h * T + t0 + r];
+                    const int seen = t0 + r + 1 - j0 < n ? t0 + r + 1 - j0 : n;
+                    for (int j = 0; j < seen; j++) {
+                        pr[j] = exp32(pr[j] - l);
+                        dsr[j] = scale * pr[j] * (dsr[j] - dot);
+                    }
+                    for (int j = seen; j < n; j++) pr[j] = dsr[j] = 0;
+                }
+                attention_product(dv + key, ld, p, 1, ATTENTION_KEYS, dout_tile, ldo, n, rows, HD, 1);
+                attention_product(dk + key, ld, ds, 1, ATTENTION_KEYS, q + query, ld, n, rows, HD, 1);
+                attention_product(dq + query, ld, ds, ATTENTION_KEYS, 1, k + key, ld, rows, n, HD, 1);
+            }
+    }
+}
+
+// overwrites dq, dk and dv, which have the layout and the stride ld of q, k and v (pos 0, S = T)
+static inline void attention_backward_cpu(float* dq, float* dk, float* dv, const float* dout, const float* q,
+                                          const float* k, const float* v, const float* out, const float* lse, int B,
+                                          int T, int NH, int NKV, int HD, int ld) {
+    const int G = NH / NKV;
+    const int64_t tasks = (int64_t)B * NKV;
+#pragma omp parallel if (tasks > 1)
+    {
+        const size_t tile = (size_t)HD * ATTENTION_KEYS;
+        float *kt = (float*)allocate(2 * tile + (size_t)G * T, sizeof(float)), *vt = kt + tile, *dots = vt + tile;
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < tasks; task++) {
+            const size_t b = (size_t)(task / NKV), g = (size_t)(task % NKV), head = g * G;
+            const size_t query = b * T * ld + head * HD, key = b * T * ld + g * HD, row = (b * T * NH + head) * HD;
+            attention_backward_task(dq + query, dk + key, dv + key, dout + row, q + query, k + key, v + key, out + row,
+                                    lse + (b * NH + head) * T, T, G, NH, HD, ld, kt, vt, dots);
+        }
+        free(kt);
+    }
+}
