@@ -186,9 +186,9 @@ static inline void checkpoint_abandon(Checkpoint* c) {
     remove_all(c->path, &ignored);
 }
 
-// gives the folder its name. A checkpoint of the same step changes places with it in one move, and then is removed; a file
-// system that cannot do that has, between two renames, neither
-static inline bool checkpoint_rename(Checkpoint* c, Error* err) {
+// gives the folder its name. A checkpoint of the same step changes places with it in one move; a file system that cannot do
+// that has, between two renames, neither
+static inline bool checkpoint_rename(const Checkpoint* c, Error* err) {
     char path[PATH_SIZE], old[PATH_SIZE];
     if (!checkpoint_path(path, c->out, "", c->step, err) || !checkpoint_path(old, c->out, ".tmp-step-old-", c->step, err))
         return false;
@@ -196,14 +196,13 @@ static inline bool checkpoint_rename(Checkpoint* c, Error* err) {
     if (errno != ENOTEMPTY && errno != EEXIST) return set_error(err, "cannot rename %s: %s", c->path, strerror(errno));
 #ifdef SYS_renameat2
     const unsigned exchange = 2; // RENAME_EXCHANGE of linux/fs.h
-    if (syscall(SYS_renameat2, AT_FDCWD, c->path, AT_FDCWD, path, exchange) == 0) return remove_all(c->path, err);
+    if (syscall(SYS_renameat2, AT_FDCWD, c->path, AT_FDCWD, path, exchange) == 0) return true;
 #endif
-    if (rename(path, old) != 0 || rename(c->path, path) != 0)
-        return set_error(err, "cannot rename %s: %s", c->path, strerror(errno));
-    return remove_all(old, err);
+    if (rename(path, old) == 0 && rename(c->path, path) == 0) return true;
+    return set_error(err, "cannot rename %s: %s", c->path, strerror(errno));
 }
 
-// deletes the oldest until keep are left (0: all are kept), never the one just written
+// takes the names of the oldest until keep are left (0: all are kept), never that of the one just written
 static inline bool checkpoint_prune(const Checkpoint* c, int keep, Error* err) {
     int64_t* steps;
     size_t n = checkpoint_list(c->out, &steps), left = n;
@@ -213,15 +212,14 @@ static inline bool checkpoint_prune(const Checkpoint* c, int keep, Error* err) {
         if (steps[i] == c->step) continue;
         ok = checkpoint_path(path, c->out, "", steps[i], err) && checkpoint_path(doomed, c->out, ".tmp-", steps[i], err);
         if (ok && rename(path, doomed) != 0) ok = set_error(err, "cannot rename %s: %s", path, strerror(errno));
-        ok = ok && remove_all(doomed, err);
         left--;
     }
     free(steps);
     return ok;
 }
 
+// each change of names reaches the disk before anything that relies on it
 static inline bool checkpoint_commit(Checkpoint* c, int keep, Error* err) {
-    char above[PATH_SIZE];
-    return path_join(above, c->out, "..", err) && sync_folder(c->path, err) && checkpoint_rename(c, err) &&
-           sync_path(c->out, err) && sync_path(above, err) && checkpoint_prune(c, keep, err);
+    return sync_folder(c->path, err) && checkpoint_rename(c, err) && sync_path(c->out, err) &&
+           checkpoint_prune(c, keep, err) && sync_path(c->out, err) && checkpoint_clean(c->out, err);
 }

@@ -68,8 +68,8 @@ static inline bool make_folders(const char* path, Error* err) {
         char kept = *p;
         if (kept != '/' && kept != 0) continue;
         *p = 0;
-        if (mkdir(partial, 0777) != 0 && !is_folder(partial))
-            return set_error(err, "cannot make the folder %s: %s", partial, strerror(errno));
+        int code = mkdir(partial, 0777) == 0 ? 0 : errno;
+        if (code != 0 && !is_folder(partial)) return set_error(err, "cannot make the folder %s: %s", partial, strerror(code));
         if (kept == 0) return true;
         *p = kept;
     }
