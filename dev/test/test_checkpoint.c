@@ -16,7 +16,7 @@ A checkpoint here is three small files whose bytes follow from the step, so that
 #include "llmc/checkpoint.h"
 #include "llmc/random.h"
 
-enum { FILES = 3, BYTES = 3000 };
+enum { FILES = 3, BYTES = 9000 };
 
 static char scratch[PATH_SIZE]; // a folder of this test's own
 
@@ -253,13 +253,13 @@ static void in_child(void (*body)(void), const char* needs) {
     if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) test_fail("the child failed: status %d", status);
 }
 
-// files may grow to 2000 bytes only: the write fails half-way, wherever the test runs
+// files may grow to 5000 bytes only: the write fails half-way, wherever the test runs
 static void file_limit(void) {
     Error err;
     const char* out = in_scratch("limit");
     assert_true(save(out, 1, 0, 1, &err));
     signal(SIGXFSZ, SIG_IGN);
-    struct rlimit limit = { 2000, 2000 };
+    struct rlimit limit = { 5000, 5000 };
     assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
     check_failed_save(out, "File too large");
 }
@@ -275,7 +275,7 @@ static void full_disk(void) {
     const char* out = in_scratch("full");
     assert_true(make_folders(out, &err));
     if (unshare(CLONE_NEWNS) != 0 || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
-        mount("tmpfs", out, "tmpfs", 0, "size=20k") != 0)
+        mount("tmpfs", out, "tmpfs", 0, "size=60k") != 0)
         _exit(CANNOT);
     assert_true(save(out, 1, 0, 1, &err));
     check_failed_save(out, "No space left on device");
