@@ -32,8 +32,6 @@ Source          Milakov and Gimelshein 2018; fused in chunks as in Hsu et al. 20
 #include "exp.h"
 #include "matmul.h"
 
-enum { IGNORED_LABEL = -100 };
-
 // ---- CPU reference ---------------------------------------------------------------------------
 
 // the sum of e^(x - max); with store, x becomes those powers
