@@ -1,11 +1,16 @@
 /*
 The project's own sources, embedded in the program: what it learns when it is given no data. The Makefile lists the files and
-joins them into two texts, one to train on and one of held-out files to validate with. In both, files are separated by one
-byte 28, ASCII's file separator, which no source holds.
+joins them into two texts, one to train on and one of held-out files to validate with. In both, each file ends with one
+byte 28, ASCII's file separator, which no source holds; in the token stream each begins with bos.
 */
 #pragma once
 
 #include <stddef.h>
+#include <string.h>
+
+#include "data.h"
+#include "error.h"
+#include "tokenizer.h"
 
 #ifdef __APPLE__
 #define EMBED_SECTION ".section __TEXT,__const\n"
@@ -22,3 +27,16 @@ byte 28, ASCII's file separator, which no source holds.
     extern const char name[], name##_end[]
 
 enum { FILE_SEPARATOR = 28 };
+
+// opens an embedded text, whose files become documents one after the other
+static inline bool corpus_open(Data* d, const char* text, const char* end, Tokenizer* t, Error* err) {
+    memset(d, 0, sizeof *d);
+    while (text < end) {
+        const char* stop = (const char*)memchr(text, FILE_SEPARATOR, (size_t)(end - text));
+        size_t n = (size_t)((stop ? stop : end) - text);
+        if (t->bos >= 0) tokens_push(&d->made, t->bos);
+        if (!tokenizer_encode(t, &d->made, text, n, false, err)) return false;
+        text += n + 1;
+    }
+    return data_finish(d, "the embedded corpus", t->V, err);
+}

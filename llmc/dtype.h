@@ -22,6 +22,8 @@ typedef struct {
     Dtype dtype;
 } Tensor;
 
+enum { IGNORED_LABEL = -100 }; // in place of a token id: a position whose prediction does not count
+
 // 16-bit patterns at any byte address, as they lie in a file
 typedef uint16_t unaligned_u16 __attribute__((aligned(1)));
 typedef float unaligned_f32 __attribute__((aligned(1)));

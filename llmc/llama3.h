@@ -190,3 +190,38 @@ static inline void llama3_init(Param* list, int n, uint64_t seed) {
         for (int64_t j = 0; j < size; j++) w[j] = std != 0 ? std * random_normal(seed, (uint64_t)i, (uint64_t)j) : 1;
     }
 }
+
+// ---- llama3.c as a library -------------------------------------------------------------------
+// Compiled with -DLLAMA3_LIBRARY, llama3.c exports these and nothing else: the oracle of the tests. All in fp32.
+
+typedef struct CpuModel CpuModel;
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// a model folder; prints the reason and ends the program when it cannot be read. Freed with cpu_model_free
+CpuModel* cpu_model_load(const char* folder);
+void cpu_model_free(CpuModel* m);
+const Config* cpu_model_config(const CpuModel* m);
+
+// the mean loss over labels (B, T) that are not -100; label t is the token after ids t. labels may be NULL (returns 0);
+// overwrites logits (B, T, V) unless NULL
+float cpu_forward(CpuModel* m, const int32_t* ids, const int32_t* labels, int B, int T, float* logits);
+
+// clears the gradients, then forward and backward; returns the loss
+float cpu_backward(CpuModel* m, const int32_t* ids, const int32_t* labels, int B, int T);
+
+// by HuggingFace name: n numbers owned by the model; NULL when there is no such tensor
+float* cpu_parameter(CpuModel* m, const char* name, size_t* n);
+float* cpu_gradient(CpuModel* m, const char* name, size_t* n);
+
+// one AdamW step; returns the gradient norm before clipping. clip 0: none
+float cpu_update(CpuModel* m, float lr, float beta1, float beta2, float eps, float weight_decay, float clip);
+
+// fills ids[n_prompt .. n_total) with the likeliest tokens, through the key/value cache
+void cpu_generate_greedy(CpuModel* m, int32_t* ids, int n_prompt, int n_total);
+
+#ifdef __cplusplus
+}
+#endif

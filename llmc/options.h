@@ -128,6 +128,12 @@ enum { N_OPTIONS = sizeof option_table / sizeof option_table[0] };
 
 static inline const void* option_field(const Options* o, const Option* row) { return (const char*)o + row->field; }
 
+static inline bool option_given(const Options* o, const char* name) {
+    for (int r = 0; r < N_OPTIONS; r++)
+        if (strcmp(option_table[r].name, name) == 0) return o->given[r];
+    return false;
+}
+
 // the value as text, as --help and the banner show it; valid until the next call
 static inline const char* option_text(const Options* o, const Option* row) {
     static char text[64];
