@@ -168,7 +168,7 @@ static inline bool config_check_sizes(const Config* c, Error* err) {
 
 static inline bool config_parse_tree(Config* c, const cJSON* root, Error* err) {
     const int widest = 1 << 24;
-    double eps;
+    double eps = 0;
     if (!cJSON_IsObject(root)) return set_error(err, "expected a JSON object");
     if (!config_check_supported(root, err) || !config_size(&c->C, root, "hidden_size", widest, err) ||
         !config_size(&c->F, root, "intermediate_size", widest, err) ||

@@ -40,7 +40,7 @@ Source          the .bin format is that of karpathy/llm.c
 
 typedef uint32_t unaligned_u32 __attribute__((aligned(1)));
 
-enum { BIN_HEADER = 1024, IGNORED_LABEL = -100 };
+enum { BIN_HEADER = 1024 };
 static const uint32_t DATA_MASKED = 1u << 31; // in a token that is no target
 
 typedef struct {
@@ -152,8 +152,8 @@ static inline bool data_write_bin(const char* path, const int32_t* ids, size_t n
 
 // ---- text ------------------------------------------------------------------------------------
 
-// where a piece of n bytes of text may end without changing its tokens, at least at bytes in where there is such a place:
-// between a letter and a space or newline. No token of Llama 3's split reaches over it
+// where n bytes of text can be cut in two without changing their tokens, at bytes in or later; n when there is no such
+// place. Between a letter and a space or line end: no piece of Llama 3's split reaches over it
 static inline size_t data_cut(const char* text, size_t n, size_t at) {
     for (; at < n; at++) {
         char before = text[at - 1] | 32;
@@ -162,12 +162,23 @@ static inline size_t data_cut(const char* text, size_t n, size_t at) {
     return n;
 }
 
-// appends the tokens of n bytes of text, a megabyte at a time
-static inline bool data_encode(Tokens* out, const char* text, size_t n, Tokenizer* t, Progress* progress, Error* err) {
-    enum { CHUNK = 1 << 20 };
+// whether no added token could be cut there
+static inline bool data_can_cut(const Tokenizer* t) {
+    for (int i = 0; i < t->n_added; i++) {
+        size_t n;
+        const char* piece = tokenizer_piece(t, t->added[i].id, &n);
+        if (piece && data_cut(piece, n, 1) < n) return false;
+    }
+    return true;
+}
+
+// appends the tokens of n bytes of text, a megabyte at a time, to show progress
+static inline bool data_encode(Tokens* out, const char* text, size_t n, bool special, Tokenizer* t, Progress* progress,
+                               Error* err) {
+    const size_t chunk = data_can_cut(t) ? 1 << 20 : n;
     for (size_t start = 0, end; start < n; start = end) {
-        end = n - start <= CHUNK ? n : data_cut(text, n, start + CHUNK);
-        if (!tokenizer_encode(t, out, text + start, end - start, false, err)) return false;
+        end = n - start <= chunk ? n : data_cut(text, n, start + chunk);
+        if (!tokenizer_encode(t, out, text + start, end - start, special, err)) return false;
         progress_add(progress, (double)(end - start));
     }
     return true;
@@ -180,8 +191,27 @@ static inline bool data_add_document(Data* d, const cJSON* text, Tokenizer* t, E
 }
 
 static inline bool data_add_chat(Data* d, const cJSON* messages, Tokenizer* t, Error* err) {
-    (void)d, (void)messages, (void)t;
-    return set_error(err, "chats are not supported");
+    if (!cJSON_IsArray(messages)) return set_error(err, "\"messages\" is not a list");
+    Tokens* made = &d->made;
+    size_t masked = made->n; // the first token whose mask is not decided yet
+    if (t->bos >= 0) tokens_push(made, t->bos);
+    const cJSON* message;
+    cJSON_ArrayForEach(message, messages) {
+        const cJSON *role = json_get(message, "role"), *content = json_get(message, "content");
+        if (!cJSON_IsString(role) || !cJSON_IsString(content))
+            return set_error(err, "a message is not {\"role\": \"…\", \"content\": \"…\"}");
+        size_t start = made->n;
+        if (!tokenizer_chat_header(t, made, role->valuestring, err)) return false;
+        size_t words = made->n;
+        made->n = start; // the message brings its header along
+        if (!tokenizer_chat_message(t, made, role->valuestring, content->valuestring, strlen(content->valuestring), err))
+            return false;
+        bool learned = strcmp(role->valuestring, "assistant") == 0;
+        for (; masked < (learned ? words : made->n); masked++)
+            made->ids[masked] = (int32_t)((uint32_t)made->ids[masked] | DATA_MASKED);
+        masked = made->n;
+    }
+    return true;
 }
 
 static inline bool data_add_line(Data* d, const char* line, size_t n, Tokenizer* t, Error* err) {
@@ -232,7 +262,7 @@ static inline bool data_add(Data* d, DataKind kind, const char* name, const uint
     if (kind == DATA_BIN) return data_add_bin(d, name, bytes, size, V, progress, err);
     if (!t) return set_error(err, "%s: text needs a tokenizer; only .bin files do without one", name);
     if (kind == DATA_JSONL) return data_add_jsonl(d, name, (const char*)bytes, size, t, progress, err);
-    return data_encode(&d->made, (const char*)bytes, size, t, progress, err) || error_in(err, name);
+    return data_encode(&d->made, (const char*)bytes, size, false, t, progress, err) || error_in(err, name);
 }
 
 // the last step of opening: tokens made from text become a shard
