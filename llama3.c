@@ -513,7 +513,8 @@ typedef struct {
     int32_t *ids, *labels;    // (rows, T), what a step reads
     int B, T;
     int64_t rows;             // sequences of a step: B, or a multiple of it
-    int64_t step;             // steps done
+    int64_t step, saved;      // steps done; the step of the newest checkpoint, -1: none
+    int64_t train_tokens;     // of the run that is resumed
     uint64_t position;        // sequences drawn from the training data so far
     double best;              // lowest validation loss
     Log log;
@@ -521,7 +522,10 @@ typedef struct {
 
 // what a signal asked for; the training loop looks at it between steps
 static volatile sig_atomic_t interrupted = 0;
-static void on_signal(int signal) { interrupted = signal; }
+static void on_signal(int number) {
+    interrupted = number;
+    signal(number, SIG_DFL); // a second one ends the program at once
+}
 
 // ends the program with the line in err unless ok
 static void must(bool ok, const Error* err) {
@@ -560,11 +564,16 @@ static bool model_open(Model* m, const char* folder, Error* err) {
     return true;
 }
 
-// finds out which folder --model means and opens its tokenizer, or that of --tokenizer
-static void find_model(Run* r) {
+// finds out which folder --model means
+static void find_folder(Run* r) {
     Error err;
     if (!r->o.model) die("--model is needed: a model folder, or the folder of a run");
     must(checkpoint_resolve(r->o.model, r->folder, sizeof r->folder, &err), &err);
+}
+
+// opens the tokenizer in the model's folder, or that of --tokenizer
+static void find_tokenizer(Run* r) {
+    Error err;
     const char* tokenizer = r->o.tokenizer;
     if (!tokenizer && (folder_has(r->folder, "tokenizer.json") || folder_has(r->folder, "tokenizer.model")))
         tokenizer = r->folder;
@@ -579,7 +588,8 @@ static void check_vocabulary(const Run* r) {
 
 static void open_model(Run* r) {
     Error err;
-    find_model(r);
+    find_folder(r);
+    find_tokenizer(r);
     must(model_open(&r->m, r->folder, &err), &err);
     check_vocabulary(r);
 }
@@ -709,9 +719,11 @@ static void load_state(Run* r) {
     cJSON* root = json_parse(text, n, &err);
     if (!root) die("%s: %s", path, err.text);
     if (!json_whole(json_get(root, "step"), &r->step) || !json_whole(json_get(root, "position"), &position) ||
-        !json_whole(json_get(root, "updates"), &updates) || r->step < 0 || position < 0 || updates < 0)
-        die("%s: step, position and updates are expected to be whole numbers", path);
+        !json_whole(json_get(root, "updates"), &updates) || !json_whole(json_get(root, "train_tokens"), &r->train_tokens) ||
+        r->step < 0 || position < 0 || updates < 0)
+        die("%s: step, position, updates and train_tokens are expected to be whole numbers", path);
     must(options_from_json(&r->o, json_get(root, "options"), &err), &err);
+    r->saved = r->step;
     r->position = (uint64_t)position;
     r->m.updates = updates;
     const cJSON* best = json_get(root, "best_val_loss");
@@ -905,21 +917,18 @@ static void start_model(Run* r) {
         make_model(r);
         return;
     }
+    if (!r->o.resume) find_folder(r);
+    find_tokenizer(r);
     int64_t updates = r->m.updates;
-    const char* model = r->o.model;
-    if (r->o.resume) r->o.model = r->folder;
-    find_model(r);
     must(model_load(&r->m, r->folder, &err), &err);
-    check_vocabulary(r);
-    r->o.model = model;
     r->m.updates = updates;
+    check_vocabulary(r);
 }
 
-static void start_data(Run* r) {
-    Error err;
-    const Options* o = &r->o;
+// the sizes of a step, and the learning rate where none was given
+static void start_step(Run* r) {
+    Options* o = &r->o;
     const Config* c = &r->m.c;
-    Tokenizer* t = r->has_tokenizer ? &r->t : NULL;
     if (o->seq > c->context) die("--seq %lld: the model's context is %d", (long long)o->seq, c->context);
     r->B = (int)o->batch;
     r->T = o->seq ? (int)o->seq : c->context < 256 ? c->context : 256;
@@ -927,9 +936,19 @@ static void start_data(Run* r) {
     if (tokens > 1 << 26) die("--batch %d x --seq %d: at most %d tokens at a time", r->B, r->T, 1 << 26);
     if (o->total_batch % tokens) die("--total-batch %lld: expected a multiple of B*T = %lld", (long long)o->total_batch, (long long)tokens);
     r->rows = o->total_batch ? o->total_batch / r->T : r->B;
+    if (o->lr == 0) o->lr = (r->folder[0] ? 0.05 : 0.5) / c->C;
+    r->ids = allocate((size_t)r->rows * (size_t)r->T, sizeof *r->ids);
+    r->labels = allocate((size_t)r->rows * (size_t)r->T, sizeof *r->labels);
+}
+
+static void start_data(Run* r) {
+    Error err;
+    const Options* o = &r->o;
+    Tokenizer* t = r->has_tokenizer ? &r->t : NULL;
+    int V = r->m.c.V;
     if (o->data) {
-        must(data_open(&r->train, o->data, t, c->V, &err), &err);
-        if (o->val) must(data_open(&r->val, o->val, t, c->V, &err), &err);
+        must(data_open(&r->train, o->data, t, V, &err), &err);
+        if (o->val) must(data_open(&r->val, o->val, t, V, &err), &err);
         else data_split(&r->train, &r->val, 0.05);
     } else {
         need_tokenizer(r, "the embedded corpus");
@@ -937,12 +956,12 @@ static void start_data(Run* r) {
         must(corpus_open(&r->val, corpus_val, corpus_val_end, t, &err), &err);
     }
     must(data_check_seq(&r->train, o->data ? o->data : "the embedded corpus", r->T, &err), &err);
-    r->ids = allocate((size_t)r->rows * (size_t)r->T, sizeof *r->ids);
-    r->labels = allocate((size_t)r->rows * (size_t)r->T, sizeof *r->labels);
+    if (r->o.resume && r->train_tokens != (int64_t)data_tokens(&r->train))
+        fprintf(stderr, "warning: the training data has %lld tokens now, the run had %lld\n", (long long)data_tokens(&r->train),
+                (long long)r->train_tokens);
 }
 
 static void start_memory(Run* r) {
-    if (r->o.steps == 0) return;
     r->m.dw = params_make(&r->m.c);
     r->m.m = params_make(&r->m.c);
     r->m.v = params_make(&r->m.c);
@@ -954,22 +973,19 @@ static void start_output(Run* r) {
     Error err;
     if (r->o.resume) must(snprintf(r->out, sizeof r->out, "%s", r->o.out) < PATH_SIZE, &err);
     else must(output_folder(r->o.out, r->out, sizeof r->out, &err), &err);
-    must(make_folders(r->out, &err) && log_open(&r->log, r->out, r->step, &err), &err);
+    must(make_folders(r->out, &err), &err);
+    if (r->o.steps > 0) must(log_open(&r->log, r->out, r->step, &err), &err);
 }
 
-static double learning_rate(const Run* r) {
-    double lr = r->o.lr > 0 ? r->o.lr : 0.5 / r->m.c.C * (r->folder[0] && !r->o.resume ? 0.1 : 1);
-    return schedule_lr(r->o.schedule, r->step, r->o.steps, r->o.warmup, lr, r->o.lr_final);
-}
 
 static void print_banner(const Run* r) {
     const Config* c = &r->m.c;
     fprintf(stderr, "model      %s: %.2f M parameters, C %d, L %d, NH %d, NKV %d, HD %d, F %d, V %d\n", r->o.model,
             (double)llama3_size(r->m.w.list, r->m.n) * 1e-6, c->C, c->L, c->NH, c->NKV, c->HD, c->F, c->V);
-    fprintf(stderr, "data       %s: %.2f M tokens to train on, %.2f M to validate\n", r->o.data ? r->o.data : "the project's own sources",
+    if (r->train.n_shards) fprintf(stderr, "data       %s: %.2f M tokens to train on, %.2f M to validate\n", r->o.data ? r->o.data : "the project's own sources",
             (double)data_tokens(&r->train) * 1e-6, (double)data_tokens(&r->val) * 1e-6);
-    fprintf(stderr, "step       %lld sequences of %d tokens, %d at a time; AdamW, %s learning rate from %.3g\n", (long long)r->rows, r->T,
-            r->B, r->o.schedule, r->o.lr > 0 ? r->o.lr : 0.5 / c->C);
+    fprintf(stderr, "step       %lld sequences of %d tokens, %d at a time; AdamW, learning rate %.3g, %s\n", (long long)r->rows, r->T,
+            r->B, r->o.lr, r->o.schedule);
     fprintf(stderr, "output     %s\n", r->out);
 }
 
@@ -998,7 +1014,7 @@ static StepResult train_step(Run* r) {
         llama3_forward(&r->m, &r->s, r->ids + i, r->B, r->T);
         loss += llama3_backward(&r->m, &r->s, r->ids + i, r->labels + i, scale);
     }
-    result.lr = learning_rate(r);
+    result.lr = schedule_lr(r->o.schedule, r->step, r->o.steps, r->o.warmup, r->o.lr, r->o.lr_final);
     AdamWOptions adamw = { (float)result.lr, (float)r->o.beta1, (float)r->o.beta2, 1e-8f, (float)r->o.weight_decay, (float)r->o.clip };
     result.loss = count ? loss / (double)count : 0;
     result.norm = isfinite(result.loss) ? llama3_update(&r->m, adamw) : NAN;
@@ -1008,8 +1024,6 @@ static StepResult train_step(Run* r) {
     r->step++;
     return result;
 }
-
-static bool is_due(const Run* r, int64_t every, bool last) { return every && (last || r->step % every == 0); }
 
 // the terminal sees a step at most every half second, the log every one
 static void report_step(Run* r, StepResult step, bool last, double* shown) {
@@ -1023,35 +1037,50 @@ static void report_step(Run* r, StepResult step, bool last, double* shown) {
             (long long)r->o.steps, step.loss, step.norm, step.lr, step.ms, tokens_s, duration((double)(r->o.steps - r->step) * step.ms * 1e-3));
 }
 
-static void train_loop(Run* r) {
+// a checkpoint, unless this step has one or the run writes none
+static void checkpoint(Run* r) {
     Error err;
+    if (!r->o.checkpoint_every || r->saved == r->step) return;
+    must(save_checkpoint(r, &err), &err);
+    r->saved = r->step;
+}
+
+static void train_loop(Run* r) {
     double shown = 0;
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     while (r->step < r->o.steps && !interrupted) {
         StepResult result = train_step(r);
-        bool last = r->step == r->o.steps || interrupted;
-        report_step(r, result, last, &shown);
-        if (is_due(r, r->o.eval_every, last && !interrupted)) validate(r);
-        if (is_due(r, r->o.sample_every, last && !interrupted) && r->has_tokenizer) sample_text(r);
-        if (is_due(r, r->o.checkpoint_every, last)) must(save_checkpoint(r, &err), &err);
+        bool last = r->step == r->o.steps;
+        report_step(r, result, last || interrupted, &shown);
+        if (r->o.eval_every && (last || r->step % r->o.eval_every == 0)) validate(r);
+        if (r->o.sample_every && r->has_tokenizer && (last || r->step % r->o.sample_every == 0)) sample_text(r);
+        if (r->o.checkpoint_every && r->step % r->o.checkpoint_every == 0) checkpoint(r);
     }
-    if (!interrupted) return;
-    fprintf(stderr, "stopped after step %lld; go on with: train --resume --out %s\n", (long long)r->step, r->out);
-    exit(128 + interrupted);
+    checkpoint(r);
 }
 
 static void command_train(Run* r) {
-    Error err;
     r->best = INFINITY;
+    r->saved = -1;
     start_model(r);
-    start_data(r);
-    start_memory(r);
+    start_step(r);
+    if (r->o.steps > 0) {
+        start_data(r);
+        start_memory(r);
+    }
     start_output(r);
     print_banner(r);
-    if (r->o.steps == 0 && r->o.checkpoint_every) must(save_checkpoint(r, &err), &err);
+    if (r->o.resume && r->step >= r->o.steps)
+        fprintf(stderr, "the run has done its %lld steps; with a larger --steps it goes on\n", (long long)r->step);
     train_loop(r);
     log_close(&r->log);
+    if (r->saved >= 0) fprintf(stderr, "saved      %s/step-%08lld\n", r->out, (long long)r->saved);
+    if (!interrupted) return;
+    fprintf(stderr, "stopped after step %lld", (long long)r->step);
+    if (r->saved == r->step) fprintf(stderr, "; go on with: llama3 train --resume --out %s", r->out);
+    fprintf(stderr, "\n");
+    exit(128 + interrupted);
 }
 
 // -- the other commands
@@ -1069,8 +1098,8 @@ static void parse_ids(Tokens* ids, const char* text, int V) {
     }
 }
 
-static void print_pieces(const Tokenizer* t, const Tokens* ids) {
-    for (size_t i = 0, n; i < ids->n; i++) {
+static void print_pieces(const Tokenizer* t, const Tokens* ids, size_t from) {
+    for (size_t i = from, n; i < ids->n; i++) {
         const char* piece = tokenizer_piece(t, ids->ids[i], &n);
         if (piece) fwrite(piece, 1, n, stdout);
     }
@@ -1130,7 +1159,7 @@ static void command_generate(Run* r) {
     n = n < room ? n : room;
     Generation g = generation_make(&r->m, r->has_tokenizer && !r->o.print_ids ? &r->t : NULL, (int)((int64_t)prompt.n + n), &r->o);
     g.ids = prompt;
-    if (g.t) print_pieces(&r->t, &prompt);
+    if (g.t) print_pieces(&r->t, &prompt, prompt.ids[0] == r->t.bos ? 1 : 0);
     if (!generate_text(&g, n, stdout)) die_nan_logits(r);
     if (r->o.print_ids || !r->has_tokenizer) print_ids(&g.ids);
     else printf("\n");
@@ -1223,7 +1252,7 @@ static void command_detokenize(Run* r) {
     open_tokenizer(r);
     if (!r->o.ids) die("detokenize needs --ids \"1 2 3\"");
     parse_ids(&ids, r->o.ids, r->t.V);
-    print_pieces(&r->t, &ids);
+    print_pieces(&r->t, &ids, 0);
     printf("\n");
     tokens_free(&ids);
 }
