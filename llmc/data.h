@@ -360,15 +360,13 @@ static inline void data_split(Data* train, Data* val, double fraction) {
     uint64_t total = data_tokens(train), kept = total - (uint64_t)((double)total * fraction);
     memset(val, 0, sizeof *val);
     data_forget_windows(train);
-    size_t s = 0;
-    while (s < train->n_shards && train->shards[s].n <= kept) kept -= train->shards[s++].n;
-    size_t n_shards = train->n_shards;
-    train->n_shards = s;
-    for (; s < n_shards; s++, kept = 0) {
+    for (size_t s = 0; s < train->n_shards; s++) {
         Shard* shard = &train->shards[s];
-        data_add_shard(val, (const char*)shard->tokens + kept * (uint64_t)shard->width, shard->width, shard->n - kept);
-        shard->n = kept;
-        if (kept) train->n_shards = s + 1;
+        uint64_t stay = shard->n < kept ? shard->n : kept;
+        const char* rest = (const char*)shard->tokens + stay * (uint64_t)shard->width;
+        if (stay < shard->n) data_add_shard(val, rest, shard->width, shard->n - stay);
+        shard->n = stay;
+        kept -= stay;
     }
 }
 
