@@ -236,14 +236,6 @@ static inline double config_decimal(float x) {
     return strtod(text, NULL);
 }
 
-// whole numbers as 8.0: transformers 4 warns of factors that are not floats
-static inline void config_add_float(cJSON* root, const char* field, double x) {
-    char text[64];
-    snprintf(text, sizeof text, "%.1f", x);
-    if (fabs(x) < 1e15 && strtod(text, NULL) == x) cJSON_AddRawToObject(root, field, text);
-    else cJSON_AddNumberToObject(root, field, x);
-}
-
 // null where there is none: transformers would take ids 1 and 2 for fields that are missing
 static inline void config_add_ids(cJSON* root, const Config* c) {
     if (c->bos < 0) cJSON_AddNullToObject(root, "bos_token_id");
@@ -254,16 +246,16 @@ static inline void config_add_ids(cJSON* root, const Config* c) {
 }
 
 static inline void config_add_rope(cJSON* root, const Config* c) {
-    config_add_float(root, "rope_theta", c->theta);
+    json_add_float(root, "rope_theta", c->theta);
     if (c->factor == 1) {
         cJSON_AddNullToObject(root, "rope_scaling");
         return;
     }
     cJSON* rope = cJSON_AddObjectToObject(root, "rope_scaling");
     cJSON_AddStringToObject(rope, "rope_type", "llama3");
-    config_add_float(rope, "factor", c->factor);
-    config_add_float(rope, "low_freq_factor", c->low);
-    config_add_float(rope, "high_freq_factor", c->high);
+    json_add_float(rope, "factor", c->factor);
+    json_add_float(rope, "low_freq_factor", c->low);
+    json_add_float(rope, "high_freq_factor", c->high);
     cJSON_AddNumberToObject(rope, "original_max_position_embeddings", c->original);
 }
 
@@ -284,7 +276,7 @@ static inline cJSON* config_tree(const Config* c, Dtype dtype) {
     cJSON_AddStringToObject(root, "hidden_act", "silu");
     cJSON_AddBoolToObject(root, "attention_bias", false);
     cJSON_AddBoolToObject(root, "mlp_bias", false);
-    config_add_float(root, "rms_norm_eps", config_decimal(c->eps));
+    json_add_float(root, "rms_norm_eps", config_decimal(c->eps));
     config_add_rope(root, c);
     config_add_ids(root, c);
     static const char* const dtypes[] = { "float32", "bfloat16", "float16" };

@@ -174,6 +174,19 @@ static inline bool json_whole(const cJSON* item, int64_t* value) {
 
 // ---- writing ---------------------------------------------------------------------------------
 
+// adds a finite number with digits enough that the same double is read again: cJSON's own printing may lose the last bit.
+// Whole ones are written 8.0, as readers that tell floats from integers want it
+static inline void json_add_float(cJSON* object, const char* key, double x) {
+    require(isfinite(x), "JSON has finite numbers only");
+    char text[40];
+    for (int digits = 15; digits <= 17; digits++) {
+        snprintf(text, sizeof text - 2, "%.*g", digits, x);
+        if (strtod(text, NULL) == x) break;
+    }
+    if (!strpbrk(text, ".e")) strcat(text, ".0");
+    cJSON_AddRawToObject(object, key, text);
+}
+
 // writes the tree to folder/name, and deletes the tree
 static inline bool json_write(cJSON* root, const char* folder, const char* name, Error* err) {
     char path[PATH_SIZE], *text = cJSON_Print(root);

@@ -22,6 +22,8 @@ int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     require(config_parse(&again, text, strlen(text), &err), "what is written can be read");
     require(c.eps == again.eps && c.theta == again.theta && c.factor == again.factor && c.HD == again.HD && c.bos == again.bos &&
                 c.n_eos == again.n_eos && c.tied == again.tied, "and says the same");
+    if (c.factor != 1)
+        require(c.low == again.low && c.high == again.high && c.original == again.original, "also of the scaling");
     cJSON_Delete(root);
     free(text);
     return 0;

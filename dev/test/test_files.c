@@ -286,6 +286,35 @@ static void test_json_whole(void** state) {
     assert_false(json_whole(NULL, &value));
 }
 
+// doubles come back to the bit, and whole ones keep their point
+static void test_json_write(void** state) {
+    (void)state;
+    Error err;
+    char *text, path[PATH_SIZE];
+    size_t n;
+    const double numbers[] = { 0, -0.0, 1, 1e-5, 0.1, 1.0 / 3, 5511111111111111111111.0, 1e300, 5e-324, 0x1.fffffffffffffp1023, -2.5 };
+    const int count = sizeof numbers / sizeof numbers[0];
+    cJSON *root = cJSON_CreateObject(), *back;
+    for (int i = 0; i < count; i++) {
+        char key[16];
+        snprintf(key, sizeof key, "%d", i);
+        json_add_float(root, key, numbers[i]);
+    }
+    snprintf(path, sizeof path, "%s", in_scratch("numbers.json"));
+    assert_true(json_write(root, scratch, "numbers.json", &err) && read_file(path, &text, &n, 10000, &err));
+    assert_non_null(strstr(text, "1.0,"));
+    back = json_parse(text, n, &err);
+    if (!back) test_fail("%s", err.text);
+    for (int i = 0; i < count; i++) {
+        char key[16];
+        snprintf(key, sizeof key, "%d", i);
+        double got = json_get(back, key)->valuedouble;
+        if (memcmp(&got, &numbers[i], sizeof got) != 0) test_fail("%.17g comes back as %.17g", numbers[i], got);
+    }
+    cJSON_Delete(back);
+    free(text);
+}
+
 // a tokenizer has 128,000 keys: a check that compared each with each would take minutes here
 static void test_json_many_keys(void** state) {
     (void)state;
@@ -537,7 +566,7 @@ static void test_config_round_trip(void** state) {
             if (c.V == 0) c.V = 262;
             c.n_eos = n_eos;
             for (int e = 0; e < n_eos; e++) c.eos[e] = 257 + e;
-            if (n_eos == 2) c.eps = 1.2345678e-6f, c.theta = 12345.678, c.tied = !c.tied;
+            if (n_eos == 2) c.eps = 1.2345678e-6f, c.theta = 500000.0 / 3, c.tied = !c.tied;
             if (!config_write(&c, folder, DTYPE_BF16, &err) || !config_read(&back, folder, &err)) test_fail("%s", err.text);
             if (!same_config(&c, &back)) test_fail("%s with %d eos does not come back as it was written", presets[i].name, n_eos);
         }
@@ -833,6 +862,7 @@ int main(void) {
         cmocka_unit_test(test_json),
         cmocka_unit_test(test_json_get),
         cmocka_unit_test(test_json_whole),
+        cmocka_unit_test(test_json_write),
         cmocka_unit_test(test_json_many_keys),
         cmocka_unit_test(test_safetensors_parse),
         cmocka_unit_test(test_safetensors_refused),
