@@ -6,9 +6,9 @@ Checkpoints: a training run's folders, of which a kill at any moment leaves the 
     OUT/.tmp-step-…/        being written or being deleted; the next checkpoint removes what a kill left
 
     checkpoint_begin        makes OUT/.tmp-step-…; the caller writes files into checkpoint.path
-    checkpoint_commit       files and folder onto the disk, rename to OUT/step-…, OUT onto the disk; then those beyond keep
-                            go, oldest first
-    checkpoint_abandon      instead of commit, after an error: removes what was written; earlier checkpoints are untouched
+    checkpoint_commit       files and folder onto the disk, rename to OUT/step-…, OUT onto the disk; then those beyond
+                            keep go, oldest first
+    checkpoint_abandon      instead of commit, after an error: removes what was written; earlier ones are untouched
 
 One program writes to an OUT at a time. What lies in a checkpoint is the caller's matter.
 Proved by       dev/test/test_checkpoint.c: killed while writing, a full disk, a read-only folder
@@ -34,7 +34,7 @@ Proved by       dev/test/test_checkpoint.c: killed while writing, a full disk, a
 
 typedef struct {
     char out[PATH_SIZE];
-    char path[PATH_SIZE];   // write files here
+    char path[PATH_SIZE]; // write files here
     int64_t step;
 } Checkpoint;
 
@@ -52,7 +52,8 @@ static inline bool remove_all(const char* path, Error* err) {
         ok = path_join(inner, path, e->d_name, err) && remove_all(inner, err);
     }
     if (d) closedir(d);
-    if (ok && (folder ? rmdir(path) : unlink(path)) != 0) ok = set_error(err, "cannot remove %s: %s", path, strerror(errno));
+    if (ok && (folder ? rmdir(path) : unlink(path)) != 0)
+        ok = set_error(err, "cannot remove %s: %s", path, strerror(errno));
     return ok;
 }
 
@@ -72,7 +73,8 @@ static inline bool sync_folder(const char* folder, Error* err) {
     for (struct dirent* e; ok && (e = readdir(d));) {
         char path[PATH_SIZE];
         if (strcmp(e->d_name, ".") == 0 || strcmp(e->d_name, "..") == 0) continue;
-        ok = path_join(path, folder, e->d_name, err) && (is_folder(path) ? sync_folder(path, err) : sync_path(path, err));
+        ok = path_join(path, folder, e->d_name, err) &&
+             (is_folder(path) ? sync_folder(path, err) : sync_path(path, err));
     }
     if (d) closedir(d);
     return ok && sync_path(folder, err);
@@ -168,7 +170,8 @@ static inline bool checkpoint_clean(const char* out, Error* err) {
     bool ok = d || set_error(err, "cannot read the folder %s: %s", out, strerror(errno));
     for (struct dirent* e; ok && (e = readdir(d));) {
         char path[PATH_SIZE];
-        if (strncmp(e->d_name, ".tmp-step-", 10) == 0) ok = path_join(path, out, e->d_name, err) && remove_all(path, err);
+        if (strncmp(e->d_name, ".tmp-step-", 10) == 0)
+            ok = path_join(path, out, e->d_name, err) && remove_all(path, err);
     }
     if (d) closedir(d);
     return ok;
@@ -186,11 +189,12 @@ static inline void checkpoint_abandon(Checkpoint* c) {
     remove_all(c->path, &ignored);
 }
 
-// gives the folder its name. A checkpoint of the same step changes places with it in one move; a file system that cannot do
-// that has, between two renames, neither
+// gives the folder its name. A checkpoint of the same step changes places with it in one move; a file system that cannot
+// do that has, between two renames, neither
 static inline bool checkpoint_rename(const Checkpoint* c, Error* err) {
     char path[PATH_SIZE], old[PATH_SIZE];
-    if (!checkpoint_path(path, c->out, "", c->step, err) || !checkpoint_path(old, c->out, ".tmp-step-old-", c->step, err))
+    if (!checkpoint_path(path, c->out, "", c->step, err) ||
+        !checkpoint_path(old, c->out, ".tmp-step-old-", c->step, err))
         return false;
     if (rename(c->path, path) == 0) return true;
     if (errno != ENOTEMPTY && errno != EEXIST) return set_error(err, "cannot rename %s: %s", c->path, strerror(errno));
@@ -210,7 +214,8 @@ static inline bool checkpoint_prune(const Checkpoint* c, int keep, Error* err) {
     for (size_t i = 0; i < n && ok && keep > 0 && left > (size_t)keep; i++) {
         char path[PATH_SIZE], doomed[PATH_SIZE];
         if (steps[i] == c->step) continue;
-        ok = checkpoint_path(path, c->out, "", steps[i], err) && checkpoint_path(doomed, c->out, ".tmp-", steps[i], err);
+        ok = checkpoint_path(path, c->out, "", steps[i], err);
+        ok = ok && checkpoint_path(doomed, c->out, ".tmp-", steps[i], err);
         if (ok && rename(path, doomed) != 0) ok = set_error(err, "cannot rename %s: %s", path, strerror(errno));
         left--;
     }

@@ -8,12 +8,13 @@ A model folder: config.json and generation_config.json <-> Config, and a file's 
     vocab_size  tie_word_embeddings (false when absent)                                           V  tied
     max_position_embeddings  rms_norm_eps                                                         context  eps
     bos_token_id  eos_token_id (one or a list; generation_config.json's when it is there)         bos  eos
-    rope_theta, rope_scaling {rope_type or type, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings}
-                                    theta  factor  low  high  original: as transformers 4 writes it
-    rope_parameters {rope_theta and the same}: as transformers 5 writes it
+    rope_theta  rope_scaling {rope_type or type, factor, low_freq_factor, high_freq_factor,
+        original_max_position_embeddings}: as transformers 4 writes them                          theta  factor  low
+    rope_parameters {rope_theta and the same}: as transformers 5 does                             high  original
 
-A field that is null counts as absent; one that is not in the table is ignored, unless it says that the model computes something
-else than llmc/llama3.h: that is an error, which names the field. We write the spelling of transformers 4, which both read.
+A field that is null counts as absent; one that is not in the table is ignored, unless it says that the model computes
+something else than llmc/llama3.h: that is an error, which names the field. We write the spelling of transformers 4,
+which both read.
 Proved by       dev/test/test_files.c, dev/test/fuzz_config.c
 Source          transformers, LlamaConfig and modeling_rope_utils.py
 */
@@ -101,13 +102,15 @@ static inline bool config_check_supported(const cJSON* root, Error* err) {
     item = config_get(root, "hidden_act");
     if (item && (!cJSON_IsString(item) || strcmp(item->valuestring, "silu") != 0))
         return config_fail(err, "hidden_act", item, "\"silu\", the only one supported");
-    if (!config_bool(&attention_bias, root, "attention_bias", err) || !config_bool(&mlp_bias, root, "mlp_bias", err)) return false;
+    if (!config_bool(&attention_bias, root, "attention_bias", err) || !config_bool(&mlp_bias, root, "mlp_bias", err))
+        return false;
     if (attention_bias) return set_error(err, "attention_bias is true: expected false, biases are not supported");
     if (mlp_bias) return set_error(err, "mlp_bias is true: expected false, biases are not supported");
     item = config_get(root, "quantization_config");
     if (item) return config_fail(err, "quantization_config", item, "none, quantized weights are not supported");
     item = config_get(root, "partial_rotary_factor");
-    if (item && item->valuedouble != 1) return config_fail(err, "partial_rotary_factor", item, "1, the only one supported");
+    if (item && item->valuedouble != 1)
+        return config_fail(err, "partial_rotary_factor", item, "1, the only one supported");
     return true;
 }
 
@@ -125,7 +128,8 @@ static inline bool config_parse_rope(Config* c, const cJSON* root, Error* err) {
     if (item && !scaled && (!cJSON_IsString(item) || strcmp(item->valuestring, "default") != 0))
         return config_fail(err, "rope_type", item, "\"llama3\" or \"default\", the only ones supported");
     item = config_get(rope, "partial_rotary_factor");
-    if (item && item->valuedouble != 1) return config_fail(err, "partial_rotary_factor", item, "1, the only one supported");
+    if (item && item->valuedouble != 1)
+        return config_fail(err, "partial_rotary_factor", item, "1, the only one supported");
     if (!scaled) return true;
 
     c->original = 0;
@@ -155,12 +159,13 @@ static inline bool config_parse_eos(Config* c, const cJSON* root, Error* err) {
 static inline bool config_check_sizes(const Config* c, Error* err) {
     const int64_t widest = 1 << 24;
     if (c->NH % c->NKV != 0)
-        return set_error(err, "num_key_value_heads is %d: expected a divisor of num_attention_heads, %d", c->NKV, c->NH);
+        return set_error(err, "num_key_value_heads is %d: expected a divisor of num_attention_heads, %d", c->NKV,
+                         c->NH);
     if (c->HD % 2 != 0) return set_error(err, "head_dim is %d: expected an even number", c->HD);
     int64_t QKV = ((int64_t)c->NH + 2 * (int64_t)c->NKV) * c->HD;
     if (QKV > widest)
-        return set_error(err, "head_dim is %d with %d + 2 * %d heads: expected a product of at most %d", c->HD, c->NH, c->NKV,
-                         (int)widest);
+        return set_error(err, "head_dim is %d with %d + 2 * %d heads: expected a product of at most %d", c->HD, c->NH,
+                         c->NKV, (int)widest);
     double layer = (double)c->C * ((double)QKV + (double)c->NH * c->HD + 3.0 * c->F + 2);
     if (c->L * layer + 2.0 * c->V * c->C > 0x1p48) return set_error(err, "more than 2^48 parameters");
     return true;
@@ -182,8 +187,9 @@ static inline bool config_parse_tree(Config* c, const cJSON* root, Error* err) {
     c->NKV = c->NH;
     if (!config_size(&c->NKV, root, "num_key_value_heads", widest, err)) return false;
     if (!config_get(root, "head_dim") && c->C % c->NH != 0)
-        return set_error(err, "hidden_size is %d: expected a multiple of num_attention_heads, %d, as there is no head_dim", c->C,
-                         c->NH);
+        return set_error(err,
+                         "hidden_size is %d: expected a multiple of num_attention_heads, %d, as there is no head_dim",
+                         c->C, c->NH);
     c->HD = c->C / c->NH;
     if (!config_size(&c->HD, root, "head_dim", widest, err) || !config_check_sizes(c, err)) return false;
 
@@ -238,11 +244,16 @@ static inline double config_decimal(float x) {
 
 // null where there is none: transformers would take ids 1 and 2 for fields that are missing
 static inline void config_add_ids(cJSON* root, const Config* c) {
-    if (c->bos < 0) cJSON_AddNullToObject(root, "bos_token_id");
-    else cJSON_AddNumberToObject(root, "bos_token_id", c->bos);
-    if (c->n_eos == 0) cJSON_AddNullToObject(root, "eos_token_id");
-    else if (c->n_eos == 1) cJSON_AddNumberToObject(root, "eos_token_id", c->eos[0]);
-    else cJSON_AddItemToObject(root, "eos_token_id", cJSON_CreateIntArray(c->eos, c->n_eos));
+    if (c->bos < 0)
+        cJSON_AddNullToObject(root, "bos_token_id");
+    else
+        cJSON_AddNumberToObject(root, "bos_token_id", c->bos);
+    if (c->n_eos == 0)
+        cJSON_AddNullToObject(root, "eos_token_id");
+    else if (c->n_eos == 1)
+        cJSON_AddNumberToObject(root, "eos_token_id", c->eos[0]);
+    else
+        cJSON_AddItemToObject(root, "eos_token_id", cJSON_CreateIntArray(c->eos, c->n_eos));
 }
 
 static inline void config_add_rope(cJSON* root, const Config* c) {
@@ -314,8 +325,8 @@ static inline bool llama3_map_tensor(const Param* param, const Safetensors* st, 
     return true;
 }
 
-// points every tensor of p at its numbers in the file, where they stay: st must outlive p. p->layer has room for c->L layers.
-// A tied model takes the embedding for lm_head, whatever else the file holds
+// points every tensor of p at its numbers in the file, where they stay: st must outlive p. p->layer has room for c->L
+// layers. A tied model takes the embedding for lm_head, whatever else the file holds
 static inline bool llama3_map(Params* p, const Config* c, const Safetensors* st, Error* err) {
     int n = llama3_count(c);
     Param* list = (Param*)allocate((size_t)n, sizeof *list);

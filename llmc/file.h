@@ -2,9 +2,9 @@
 Whole files: read, mapped, written.
 
 Reading         read_file copies a file of bounded size and ends it with a NUL; map_file shows it where it lies
-Writing         a Writer fills PATH.tmp, flushes it to the disk and renames it to PATH: whoever looks at PATH sees all of
-                the old file or all of the new one, whatever happens in between. What is no regular file (a pipe,
-                /dev/null) is written directly
+Writing         a Writer fills PATH.tmp, flushes it to the disk and renames it to PATH: whoever looks at PATH sees
+                all of the old file or all of the new one, whatever happens in between. What is no regular file (a
+                pipe, /dev/null) is written directly
 Errors          one line: the path and what the system said
 Proved by       dev/test/test_files.c, dev/test/test_checkpoint.c (a full disk, a read-only folder)
 */
@@ -63,13 +63,15 @@ static inline bool folder_has(const char* folder, const char* name) {
 static inline bool make_folders(const char* path, Error* err) {
     char partial[PATH_SIZE];
     if (!*path) return set_error(err, "the name of the folder is empty");
-    if (snprintf(partial, sizeof partial, "%s", path) >= PATH_SIZE) return set_error(err, "path too long: %.100s…", path);
+    if (snprintf(partial, sizeof partial, "%s", path) >= PATH_SIZE)
+        return set_error(err, "path too long: %.100s…", path);
     for (char* p = partial + 1;; p++) {
         char kept = *p;
         if (kept != '/' && kept != 0) continue;
         *p = 0;
         int code = mkdir(partial, 0777) == 0 ? 0 : errno;
-        if (code != 0 && !is_folder(partial)) return set_error(err, "cannot make the folder %s: %s", partial, strerror(code));
+        if (code != 0 && !is_folder(partial))
+            return set_error(err, "cannot make the folder %s: %s", partial, strerror(code));
         if (kept == 0) return true;
         *p = kept;
     }
@@ -139,7 +141,7 @@ static inline void unmap_file(Map* map) {
 
 typedef struct {
     FILE* file;
-    bool temporary;             // partial is to be renamed to path
+    bool temporary; // partial is to be renamed to path
     char path[PATH_SIZE], partial[PATH_SIZE];
 } Writer;
 

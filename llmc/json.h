@@ -1,6 +1,6 @@
 /*
-JSON, read strictly: what RFC 8259 calls JSON in UTF-8 and nothing else. cJSON builds the tree; it is lenient, so what it
-lets pass is refused before and after:
+JSON, read strictly: what RFC 8259 calls JSON in UTF-8 and nothing else. cJSON builds the tree; it is lenient, so what
+it lets pass is refused before and after:
 
     before      invalid UTF-8, a byte order mark, control characters, \u0000 (it would cut the string short), escapes
                 that are not four hex digits, numbers such as 01 or 1. ; bytes after the value
@@ -72,7 +72,8 @@ static inline const char* json_number_end(const char* p) {
 static inline bool json_unicode_escape(const char* p) {
     bool zero = true;
     for (int i = 0; i < 4; i++) {
-        if (!(p[i] >= '0' && p[i] <= '9') && !(p[i] >= 'a' && p[i] <= 'f') && !(p[i] >= 'A' && p[i] <= 'F')) return false;
+        if (!(p[i] >= '0' && p[i] <= '9') && !(p[i] >= 'a' && p[i] <= 'f') && !(p[i] >= 'A' && p[i] <= 'F'))
+            return false;
         zero = zero && p[i] == '0';
     }
     return !zero;
@@ -127,7 +128,8 @@ static inline bool json_check_keys(const cJSON* object, Error* err) {
     qsort(keys, n, sizeof *keys, json_compare_keys);
     bool ok = true;
     for (i = 1; i < n && ok; i++)
-        if (strcmp(keys[i - 1], keys[i]) == 0) ok = set_error(err, "the key \"%.100s\" occurs twice in one object", keys[i]);
+        if (strcmp(keys[i - 1], keys[i]) == 0)
+            ok = set_error(err, "the key \"%.100s\" occurs twice in one object", keys[i]);
     free(keys);
     return ok;
 }
@@ -174,8 +176,8 @@ static inline bool json_whole(const cJSON* item, int64_t* value) {
 
 // ---- writing ---------------------------------------------------------------------------------
 
-// adds a finite number with digits enough that the same double is read again: cJSON's own printing may lose the last bit.
-// Whole ones are written 8.0, as readers that tell floats from integers want it
+// adds a finite number with digits enough that the same double is read again: cJSON's own printing may lose the last
+// bit. Whole ones are written 8.0, as readers that tell floats from integers want it
 static inline void json_add_float(cJSON* object, const char* key, double x) {
     require(isfinite(x), "JSON has finite numbers only");
     char text[40];

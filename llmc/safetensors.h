@@ -2,11 +2,13 @@
 Safetensors: the file format of model weights.
 
     8 bytes         N, the length of the header, little-endian
-    N bytes         {"name": {"dtype": "BF16", "shape": [2048, 512], "data_offsets": [begin, end]}, …, "__metadata__": {…}}
+    N bytes         {"name": {"dtype": "BF16", "shape": [2048, 512], "data_offsets": [begin, end]}, …,
+                     "__metadata__": {…}}
     the rest        the numbers; offsets count from here
 
-Reading maps the file and points at the numbers where they lie, at any byte address. As in the reference reader every byte of
-the data belongs to exactly one tensor: no holes, no overlap, nothing after the last; and every size agrees with its shape.
+Reading maps the file and points at the numbers where they lie, at any byte address. As in the reference reader every
+byte of the data belongs to exactly one tensor: no holes, no overlap, nothing after the last; and every size agrees with
+its shape.
 A folder holds model.safetensors, or shards and model.safetensors.index.json, which says what lies in which.
 Writing streams through a small buffer, converts on the way, and pads the header so that the data begin on a cache line.
 
@@ -35,18 +37,18 @@ typedef struct {
     char dtype[8];
     int n_dims;
     int64_t shape[SAFETENSORS_DIMS];
-    const uint8_t* data;    // bytes of it, any alignment
+    const uint8_t* data; // bytes of it, any alignment
     size_t bytes;
-    int shard;              // the file it lies in
+    int shard; // the file it lies in
 } SafeTensor;
 
 typedef struct {
-    Map map;                // empty when the bytes are the caller's
-    cJSON* header;          // owns the names
+    Map map;       // empty when the bytes are the caller's
+    cJSON* header; // owns the names
 } SafetensorsShard;
 
 typedef struct {
-    SafeTensor* tensors;    // sorted by name
+    SafeTensor* tensors; // sorted by name
     size_t n;
     SafetensorsShard* shards;
     int n_shards;
@@ -69,9 +71,9 @@ static inline int safetensors_dtype_bytes(const char* dtype) {
     static const struct {
         const char* name;
         int bytes;
-    } dtypes[] = { { "F32", 4 }, { "BF16", 2 }, { "F16", 2 }, { "F64", 8 }, { "I64", 8 }, { "U64", 8 }, { "I32", 4 },
-                   { "U32", 4 }, { "I16", 2 },  { "U16", 2 }, { "I8", 1 },  { "U8", 1 },  { "BOOL", 1 }, { "C64", 8 },
-                   { "F8_E4M3", 1 }, { "F8_E5M2", 1 }, { "F8_E8M0", 1 } };
+    } dtypes[] = { { "F32", 4 },  { "BF16", 2 }, { "F16", 2 },     { "F64", 8 },     { "I64", 8 },    { "U64", 8 },
+                   { "I32", 4 },  { "U32", 4 },  { "I16", 2 },     { "U16", 2 },     { "I8", 1 },     { "U8", 1 },
+                   { "BOOL", 1 }, { "C64", 8 },  { "F8_E4M3", 1 }, { "F8_E5M2", 1 }, { "F8_E8M0", 1 } };
     for (size_t i = 0; i < sizeof dtypes / sizeof dtypes[0]; i++)
         if (strcmp(dtypes[i].name, dtype) == 0) return dtypes[i].bytes;
     return 0;
@@ -87,7 +89,8 @@ static inline const char* safetensors_shape_text(char* text, size_t size, const 
 }
 
 // one entry of the header, whose data are the size bytes at data
-static inline bool safetensors_parse_entry(SafeTensor* t, const cJSON* entry, const uint8_t* data, size_t size, Error* err) {
+static inline bool safetensors_parse_entry(SafeTensor* t, const cJSON* entry, const uint8_t* data, size_t size,
+                                           Error* err) {
     const cJSON *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape");
     const cJSON *offsets = json_get(entry, "data_offsets"), *item;
     t->name = entry->string;
@@ -100,11 +103,13 @@ static inline bool safetensors_parse_entry(SafeTensor* t, const cJSON* entry, co
     uint64_t bytes = (uint64_t)element;
     cJSON_ArrayForEach(item, shape) {
         int64_t dim;
-        if (t->n_dims == SAFETENSORS_DIMS) return set_error(err, "%.200s: more than %d dimensions", t->name, SAFETENSORS_DIMS);
+        if (t->n_dims == SAFETENSORS_DIMS)
+            return set_error(err, "%.200s: more than %d dimensions", t->name, SAFETENSORS_DIMS);
         if (!json_whole(item, &dim) || dim < 0)
             return set_error(err, "%.200s: dimension %d of the shape is not a whole number", t->name, t->n_dims);
         t->shape[t->n_dims++] = dim;
-        if (__builtin_mul_overflow(bytes, (uint64_t)dim, &bytes)) return set_error(err, "%.200s: shape too large", t->name);
+        if (__builtin_mul_overflow(bytes, (uint64_t)dim, &bytes))
+            return set_error(err, "%.200s: shape too large", t->name);
     }
 
     int64_t begin, end;
@@ -112,7 +117,8 @@ static inline bool safetensors_parse_entry(SafeTensor* t, const cJSON* entry, co
         !json_whole(offsets->child->next, &end) || begin < 0 || begin > end)
         return set_error(err, "%.200s: data_offsets are not two whole numbers, begin <= end", t->name);
     if ((uint64_t)end > size)
-        return set_error(err, "%.200s: ends at byte %" PRId64 " of the data, the file has %zu: truncated?", t->name, end, size);
+        return set_error(err, "%.200s: ends at byte %" PRId64 " of the data, the file has %zu: truncated?", t->name,
+                         end, size);
     if ((uint64_t)(end - begin) != bytes) {
         char text[128];
         return set_error(err, "%.200s: %s %s takes %" PRIu64 " bytes, data_offsets give %" PRId64, t->name, t->dtype,
@@ -134,20 +140,23 @@ static inline int safetensors_compare_name(const void* a, const void* b) {
 }
 
 // the n tensors of one file lie end to end and fill its data
-static inline bool safetensors_check_places(SafeTensor* tensors, size_t n, const uint8_t* data, size_t size, Error* err) {
+static inline bool safetensors_check_places(SafeTensor* tensors, size_t n, const uint8_t* data, size_t size,
+                                            Error* err) {
     qsort(tensors, n, sizeof *tensors, safetensors_compare_place);
     size_t expected = 0;
     for (size_t i = 0; i < n; i++) {
         size_t begin = (size_t)(tensors[i].data - data);
         if (begin < expected)
-            return set_error(err, "%.200s: begins at byte %zu of the data, inside %.200s, which ends at %zu", tensors[i].name,
-                             begin, tensors[i - 1].name, expected);
+            return set_error(err, "%.200s: begins at byte %zu of the data, inside %.200s, which ends at %zu",
+                             tensors[i].name, begin, tensors[i - 1].name, expected);
         if (begin > expected)
-            return set_error(err, "%.200s: begins at byte %zu of the data, %zu expected: bytes that belong to no tensor",
+            return set_error(err,
+                             "%.200s: begins at byte %zu of the data, %zu expected: bytes that belong to no tensor",
                              tensors[i].name, begin, expected);
         expected = begin + tensors[i].bytes;
     }
-    if (expected != size) return set_error(err, "the tensors end at byte %zu of the data, the file has %zu", expected, size);
+    if (expected != size)
+        return set_error(err, "the tensors end at byte %zu of the data, the file has %zu", expected, size);
     return true;
 }
 
@@ -160,7 +169,8 @@ static inline bool safetensors_add(Safetensors* st, const uint8_t* bytes, size_t
         return set_error(err, "header of %" PRIu64 " bytes, at most %d expected: not a safetensors file?", length,
                          SAFETENSORS_HEADER_LIMIT);
     if (length > size - 8)
-        return set_error(err, "header of %" PRIu64 " bytes in a file of %zu: truncated, or not a safetensors file", length, size);
+        return set_error(err, "header of %" PRIu64 " bytes in a file of %zu: truncated, or not a safetensors file",
+                         length, size);
     cJSON* header = json_parse((const char*)bytes + 8, (size_t)length, err);
     if (!header) return error_in(err, "header");
     int shard = st->n_shards++;
@@ -217,8 +227,10 @@ static inline bool safetensors_add_file(Safetensors* st, const char* path, Error
     if (!map_file(&map, path, err)) return false;
     int shard = st->n_shards;
     bool ok = safetensors_add(st, map.data, map.size, err);
-    if (st->n_shards > shard) st->shards[shard].map = map; // even after an error: safetensors_close gives it back
-    else unmap_file(&map);
+    if (st->n_shards > shard)
+        st->shards[shard].map = map; // even after an error: safetensors_close gives it back
+    else
+        unmap_file(&map);
     return ok || error_in(err, path);
 }
 
@@ -234,7 +246,8 @@ static inline bool safetensors_add_index(Safetensors* st, const char* folder, co
     cJSON_ArrayForEach(item, weight_map) {
         const char* file = cJSON_IsString(item) ? item->valuestring : "";
         if (!*file || strpbrk(file, "/\\") || strcmp(file, "..") == 0)
-            return set_error(err, "weight_map: %.200s: \"%.200s\" is not the name of a file in this folder", item->string, file);
+            return set_error(err, "weight_map: %.200s: \"%.200s\" is not the name of a file in this folder",
+                             item->string, file);
         n++;
     }
     if (n == 0) return set_error(err, "weight_map is empty");
@@ -280,12 +293,15 @@ static inline bool safetensors_open(Safetensors* st, const char* path, Error* er
     bool ok;
     if (is_folder(path) && !folder_has(path, "model.safetensors")) {
         if (!folder_has(path, "model.safetensors.index.json"))
-            return set_error(err, "%s: neither model.safetensors nor model.safetensors.index.json in this folder", path);
+            return set_error(err, "%s: neither model.safetensors nor model.safetensors.index.json in this folder",
+                             path);
         ok = path_join(file, path, "model.safetensors.index.json", err) && safetensors_open_index(st, path, file, err);
     } else {
         st->shards = (SafetensorsShard*)allocate(1, sizeof *st->shards);
-        if (is_folder(path)) ok = path_join(file, path, "model.safetensors", err) && safetensors_add_file(st, file, err);
-        else ok = safetensors_add_file(st, path, err);
+        if (is_folder(path))
+            ok = path_join(file, path, "model.safetensors", err) && safetensors_add_file(st, file, err);
+        else
+            ok = safetensors_add_file(st, path, err);
         ok = ok && safetensors_sort(st, err);
     }
     if (!ok) safetensors_close(st);
@@ -297,8 +313,8 @@ static inline bool safetensors_open(Safetensors* st, const char* path, Error* er
 typedef struct {
     char name[64];
     Tensor source;
-    Dtype dtype;        // as written
-    int n_dims;         // 1 or 2
+    Dtype dtype; // as written
+    int n_dims;  // 1 or 2
     int64_t shape[2];
 } SafetensorsEntry;
 

@@ -1,5 +1,5 @@
-// safetensors from anyone: never a crash, and every byte of a tensor that is accepted lies in the file. The first byte chooses: the
-// rest is a file; or it is a header, whose length is right, with that many bytes of data
+// safetensors from anyone: never a crash, and every byte of a tensor that is accepted lies in the file. The first byte
+// chooses: 255, and the rest is a file; else the rest is a header, and this many bytes of data follow it
 #include "llmc/safetensors.h"
 
 static void check(const uint8_t* file, size_t size) {

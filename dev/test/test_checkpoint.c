@@ -43,7 +43,8 @@ static const char* in_scratch(const char* name) {
 }
 
 static void fill(uint8_t* bytes, int64_t step, int file, int version) {
-    for (int i = 0; i < BYTES; i++) bytes[i] = (uint8_t)random_bits((uint64_t)step, (uint64_t)file, (uint64_t)(i + version * BYTES));
+    for (int i = 0; i < BYTES; i++)
+        bytes[i] = (uint8_t)random_bits((uint64_t)step, (uint64_t)file, (uint64_t)(i + version * BYTES));
 }
 
 static bool save(const char* out, int64_t step, int version, int keep, Error* err) {
@@ -98,7 +99,8 @@ static size_t check_all_whole(const char* out, int versions) {
 static size_t count_entries(const char* folder, const char* prefix) {
     size_t n = 0;
     DIR* d = opendir(folder);
-    for (struct dirent* e; d && (e = readdir(d));) n += e->d_name[0] != 0 && strncmp(e->d_name, prefix, strlen(prefix)) == 0;
+    for (struct dirent* e; d && (e = readdir(d));)
+        n += e->d_name[0] != 0 && strncmp(e->d_name, prefix, strlen(prefix)) == 0;
     if (d) closedir(d);
     return n;
 }
@@ -142,8 +144,8 @@ static void test_names(void** state) {
     (void)state;
     assert_int_equal(checkpoint_step("step-00000100"), 100);
     assert_int_equal(checkpoint_step("step-123456789"), 123456789);
-    const char* wrong[] = { "step-1", "step-", "step-00000100x", ".tmp-step-00000100", "step--0000100", "step-0000010 ", "log.jsonl",
-                            "step-99999999999999999999999" };
+    const char* wrong[] = { "step-1",        "step-",         "step-00000100x", ".tmp-step-00000100",
+                            "step--0000100", "step-0000010 ", "log.jsonl",      "step-99999999999999999999999" };
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) assert_int_equal(checkpoint_step(wrong[i]), -1);
 }
 
@@ -177,7 +179,8 @@ static void test_output_folder(void** state) {
     assert_true(output_folder(wanted, path, sizeof path, &err));
     assert_string_equal(path, wanted);
     assert_false(file_exists(path)); // nothing is made
-    assert_true(make_folders(wanted, &err) && path_join(file, wanted, "notes.txt", &err) && write_file(file, "x", 1, &err));
+    assert_true(make_folders(wanted, &err) && path_join(file, wanted, "notes.txt", &err) &&
+                write_file(file, "x", 1, &err));
     assert_true(output_folder(wanted, path, sizeof path, &err));
     assert_string_equal(path, wanted); // other files are no hindrance
     assert_true(save(wanted, 1, 0, 0, &err));
@@ -188,7 +191,7 @@ static void test_output_folder(void** state) {
     assert_string_equal(path, in_scratch("out-3"));
 }
 
-// a child writes checkpoints without end; twenty times it is killed somewhere inside. Versions: the child also rewrites steps
+// a child writes checkpoints without end, each step twice; twenty times it is killed somewhere inside
 static void test_killed(void** state) {
     (void)state;
     char out[PATH_SIZE];
@@ -197,7 +200,8 @@ static void test_killed(void** state) {
     size_t interrupted = 0;
     Error err;
     for (int round = 0; round < 20; round++) {
-        assert_true(save(out, last + 1, 0, 2, &err)); // so that there is one to survive, and the leavings of a kill are cleared
+        assert_true(
+            save(out, last + 1, 0, 2, &err)); // so that there is one to survive, and the leavings of a kill are cleared
         assert_int_equal(count_entries(out, ".tmp"), 0);
         pid_t child = fork();
         assert_true(child >= 0);
@@ -227,7 +231,8 @@ static void test_killed(void** state) {
 static void check_failed_save(const char* out, const char* expected) {
     Error err = { "" };
     assert_false(save(out, 2, 0, 1, &err));
-    if (!strstr(err.text, expected) || !strstr(err.text, out)) test_fail("\"%s\": expected %s and %s", err.text, expected, out);
+    if (!strstr(err.text, expected) || !strstr(err.text, out))
+        test_fail("\"%s\": expected %s and %s", err.text, expected, out);
     assert_int_equal(check_all_whole(out, 1), 1);
     assert_true(folder_has(out, "step-00000001"));
     assert_int_equal(count_entries(out, ".tmp"), 0);
@@ -303,15 +308,9 @@ static void test_read_only(void** state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_keep),
-        cmocka_unit_test(test_same_step_again),
-        cmocka_unit_test(test_names),
-        cmocka_unit_test(test_resolve),
-        cmocka_unit_test(test_output_folder),
-        cmocka_unit_test(test_killed),
-        cmocka_unit_test(test_file_limit),
-        cmocka_unit_test(test_full_disk),
-        cmocka_unit_test(test_read_only),
+        cmocka_unit_test(test_keep),       cmocka_unit_test(test_same_step_again), cmocka_unit_test(test_names),
+        cmocka_unit_test(test_resolve),    cmocka_unit_test(test_output_folder),   cmocka_unit_test(test_killed),
+        cmocka_unit_test(test_file_limit), cmocka_unit_test(test_full_disk),       cmocka_unit_test(test_read_only),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

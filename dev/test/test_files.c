@@ -1,6 +1,6 @@
 /*
-Files and what is in them: number formats, JSON, safetensors, config.json. Half of the tests are about what must be refused,
-with a line that names the culprit.
+Files and what is in them: number formats, JSON, safetensors, config.json. Half of the tests are about what must be
+refused, with a line that names the culprit.
 */
 #include <math.h>
 
@@ -81,7 +81,8 @@ static void check_rounding(float wide(uint16_t), uint16_t narrow(float), uint16_
         if (above == infinity) high = 2 * low - (double)wide((uint16_t)(h - 1)); // where the next number would lie
         float half = (float)((low + high) / 2);
         assert_true((double)half == (low + high) / 2);
-        if (narrow(half) != even || narrow(-half) != (even | 0x8000)) test_fail("above %04x: half-way is not rounded to even", h);
+        if (narrow(half) != even || narrow(-half) != (even | 0x8000))
+            test_fail("above %04x: half-way is not rounded to even", h);
         if (narrow(nextafterf(half, 0)) != h || narrow(nextafterf(half, INFINITY)) != above)
             test_fail("above %04x: not rounded to the nearest", h);
     }
@@ -188,8 +189,18 @@ static void test_write(void** state) {
 
 static void test_json(void** state) {
     (void)state;
-    const char* good[] = { "{}", " [ ] \n", "0", "-0", "-1.5e+3", "\"\"", "\"\\\\u0000\"", "\"\\ud83d\\ude00\"", "\"é😀\"",
-                           "{\"a\":1,\"A\":2,\"b\":{\"a\":1}}", "[true,false,null]", "\"\\u00e9\\n\"" };
+    const char* good[] = { "{}",
+                           " [ ] \n",
+                           "0",
+                           "-0",
+                           "-1.5e+3",
+                           "\"\"",
+                           "\"\\\\u0000\"",
+                           "\"\\ud83d\\ude00\"",
+                           "\"é😀\"",
+                           "{\"a\":1,\"A\":2,\"b\":{\"a\":1}}",
+                           "[true,false,null]",
+                           "\"\\u00e9\\n\"" };
     const struct {
         const char *text, *fragment;
     } bad[] = {
@@ -292,7 +303,9 @@ static void test_json_write(void** state) {
     Error err;
     char *text, path[PATH_SIZE];
     size_t n;
-    const double numbers[] = { 0, -0.0, 1, 1e-5, 0.1, 1.0 / 3, 5511111111111111111111.0, 1e300, 5e-324, 0x1.fffffffffffffp1023, -2.5 };
+    const double numbers[] = {
+        0, -0.0, 1, 1e-5, 0.1, 1.0 / 3, 5511111111111111111111.0, 1e300, 5e-324, 0x1.fffffffffffffp1023, -2.5
+    };
     const int count = sizeof numbers / sizeof numbers[0];
     cJSON *root = cJSON_CreateObject(), *back;
     for (int i = 0; i < count; i++) {
@@ -327,14 +340,15 @@ static void test_json_many_keys(void** state) {
     assert_non_null(root);
     cJSON_Delete(root);
     memcpy(strstr(text, "key-199999"), "key-000007", 10);
-    expect_error(json_parse(text, (size_t)(p - text), &err) != NULL, &err, "the last key again", "\"key-000007\" occurs twice");
+    expect_error(json_parse(text, (size_t)(p - text), &err) != NULL, &err, "the last key again",
+                 "\"key-000007\" occurs twice");
     free(text);
 }
 
 // ---- safetensors.h ---------------------------------------------------------------------------
 
-// a file with the given header and data bytes, each its own number, in a block of just that size: the sanitizer sees every
-// step beyond it. Owned by the caller
+// a file with the given header and data bytes, each its own number, in a block of just that size: the sanitizer sees
+// every step beyond it. Owned by the caller
 static uint8_t* make_safetensors(const char* header, size_t data, size_t* size) {
     size_t length = strlen(header);
     *size = 8 + length + data;
@@ -394,20 +408,29 @@ static void test_safetensors_refused(void** state) {
         { "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,0]}}", 4, "a: data_offsets" },
         { "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,1e17]}}", 4, "a: data_offsets" },
         { "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[\"0\",4]}}", 4, "a: data_offsets" },
-        { "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", 4, "a: ends at byte 8 of the data, the file has 4" },
-        { "{\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,4]}}", 4, "a: F32 [2, 3] takes 24 bytes, data_offsets give 4" },
+        { "{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", 4,
+          "a: ends at byte 8 of the data, the file has 4" },
+        { "{\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,4]}}", 4,
+          "a: F32 [2, 3] takes 24 bytes, data_offsets give 4" },
         { "{\"a\":{\"dtype\":\"F32\",\"shape\":[-1],\"data_offsets\":[0,4]}}", 4, "a: dimension 0" },
         { "{\"a\":{\"dtype\":\"F32\",\"shape\":[1,0.5],\"data_offsets\":[0,4]}}", 4, "a: dimension 1" },
-        { "{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,1073741824,1],\"data_offsets\":[0,0]}}", 0, "a: shape too large" },
-        { "{\"a\":{\"dtype\":\"U8\",\"shape\":[9007199254740992,2048],\"data_offsets\":[0,0]}}", 0, "a: shape too large" },
-        { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1,1,1,1,1,1,1,1,1],\"data_offsets\":[0,1]}}", 1, "a: more than 8 dimensions" },
-        { "{\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[0,2]},\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[2,4]}}",
+        { "{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,1073741824,1],\"data_offsets\":[0,0]}}", 0,
+          "a: shape too large" },
+        { "{\"a\":{\"dtype\":\"U8\",\"shape\":[9007199254740992,2048],\"data_offsets\":[0,0]}}", 0,
+          "a: shape too large" },
+        { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1,1,1,1,1,1,1,1,1],\"data_offsets\":[0,1]}}", 1,
+          "a: more than 8 dimensions" },
+        { "{\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[0,2]},\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_"
+          "offsets\":[2,4]}}",
           4, "\"a\" occurs twice" },
-        { "{\"a\":{\"dtype\":\"U8\",\"shape\":[3],\"data_offsets\":[0,3]},\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[2,4]}}",
+        { "{\"a\":{\"dtype\":\"U8\",\"shape\":[3],\"data_offsets\":[0,3]},\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_"
+          "offsets\":[2,4]}}",
           4, "b: begins at byte 2 of the data, inside a, which ends at 3" },
-        { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]},\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[2,4]}}",
+        { "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]},\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_"
+          "offsets\":[2,4]}}",
           4, "b: begins at byte 2 of the data, 1 expected" },
-        { "{\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[0,2]}}", 4, "the tensors end at byte 2 of the data, the file has 4" },
+        { "{\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[0,2]}}", 4,
+          "the tensors end at byte 2 of the data, the file has 4" },
     };
     Safetensors st;
     Error err;
@@ -417,9 +440,12 @@ static void test_safetensors_refused(void** state) {
         expect_error(safetensors_parse(&st, bytes, size, &err), &err, bad[i].header, bad[i].fragment);
         free(bytes);
     }
-    const uint8_t long_header[] = { 0, 0, 0, 0, 0, 0, 0, 0x80, '{', '}' }, beyond[] = { 3, 0, 0, 0, 0, 0, 0, 0, '{', '}' };
-    expect_error(safetensors_parse(&st, long_header, sizeof long_header, &err), &err, "2^63", "header of 9223372036854775808 bytes");
-    expect_error(safetensors_parse(&st, beyond, sizeof beyond, &err), &err, "beyond the file", "header of 3 bytes in a file of 10");
+    const uint8_t long_header[] = { 0, 0, 0, 0, 0, 0, 0, 0x80, '{', '}' },
+                  beyond[] = { 3, 0, 0, 0, 0, 0, 0, 0, '{', '}' };
+    expect_error(safetensors_parse(&st, long_header, sizeof long_header, &err), &err, "2^63",
+                 "header of 9223372036854775808 bytes");
+    expect_error(safetensors_parse(&st, beyond, sizeof beyond, &err), &err, "beyond the file",
+                 "header of 3 bytes in a file of 10");
 }
 
 static void test_safetensors_truncated(void** state) {
@@ -492,7 +518,8 @@ static void write_shard(const char* folder, const char* file, const char* first,
     snprintf(entries[1].name, sizeof entries[1].name, "%s", second ? second : "");
     char path[PATH_SIZE];
     Error err;
-    if (!path_join(path, folder, file, &err) || !safetensors_write(path, entries, second ? 2 : 1, &err)) test_fail("%s", err.text);
+    if (!path_join(path, folder, file, &err) || !safetensors_write(path, entries, second ? 2 : 1, &err))
+        test_fail("%s", err.text);
 }
 
 static void test_safetensors_folder(void** state) {
@@ -514,7 +541,8 @@ static void test_safetensors_folder(void** state) {
         { "{}", "weight_map is missing" },
         { "{\"weight_map\":{}}", "weight_map is empty" },
         { "{\"weight_map\":{\"a\":1}}", "is not the name of a file" },
-        { "{\"weight_map\":{\"a\":\"../1.safetensors\"}}", "a: \"../1.safetensors\" is not the name of a file in this folder" },
+        { "{\"weight_map\":{\"a\":\"../1.safetensors\"}}",
+          "a: \"../1.safetensors\" is not the name of a file in this folder" },
         { "{\"weight_map\":{\"a\":\"..\"}}", "is not the name of a file" },
         { "{\"weight_map\":{\"a\":\"\"}}", "is not the name of a file" },
         { "{\"weight_map\":{\"a\":\".\"}}", "not a regular file" },
@@ -547,10 +575,10 @@ static void test_safetensors_folder(void** state) {
 // ---- config.h --------------------------------------------------------------------------------
 
 static bool same_config(const Config* a, const Config* b) {
-    return a->C == b->C && a->L == b->L && a->NH == b->NH && a->NKV == b->NKV && a->HD == b->HD && a->F == b->F && a->V == b->V &&
-           a->tied == b->tied && a->context == b->context && a->eps == b->eps && a->theta == b->theta && a->factor == b->factor &&
-           a->low == b->low && a->high == b->high && a->original == b->original && a->bos == b->bos && a->n_eos == b->n_eos &&
-           memcmp(a->eos, b->eos, (size_t)a->n_eos * sizeof a->eos[0]) == 0;
+    return a->C == b->C && a->L == b->L && a->NH == b->NH && a->NKV == b->NKV && a->HD == b->HD && a->F == b->F &&
+           a->V == b->V && a->tied == b->tied && a->context == b->context && a->eps == b->eps && a->theta == b->theta &&
+           a->factor == b->factor && a->low == b->low && a->high == b->high && a->original == b->original &&
+           a->bos == b->bos && a->n_eos == b->n_eos && memcmp(a->eos, b->eos, (size_t)a->n_eos * sizeof a->eos[0]) == 0;
 }
 
 static void test_config_round_trip(void** state) {
@@ -567,15 +595,18 @@ static void test_config_round_trip(void** state) {
             c.n_eos = n_eos;
             for (int e = 0; e < n_eos; e++) c.eos[e] = 257 + e;
             if (n_eos == 2) c.eps = 1.2345678e-6f, c.theta = 500000.0 / 3, c.tied = !c.tied;
-            if (!config_write(&c, folder, DTYPE_BF16, &err) || !config_read(&back, folder, &err)) test_fail("%s", err.text);
-            if (!same_config(&c, &back)) test_fail("%s with %d eos does not come back as it was written", presets[i].name, n_eos);
+            if (!config_write(&c, folder, DTYPE_BF16, &err) || !config_read(&back, folder, &err))
+                test_fail("%s", err.text);
+            if (!same_config(&c, &back))
+                test_fail("%s with %d eos does not come back as it was written", presets[i].name, n_eos);
         }
 }
 
-static const char small_config[] =
-    "{\"model_type\":\"llama\",\"hidden_size\":64,\"intermediate_size\":172,\"num_hidden_layers\":5,\"num_attention_heads\":8,"
-    "\"num_key_value_heads\":4,\"vocab_size\":512,\"max_position_embeddings\":256,\"rms_norm_eps\":1e-5,\"rope_theta\":10000.0,"
-    "\"bos_token_id\":1,\"eos_token_id\":[2,3],\"hidden_act\":\"silu\"}";
+static const char small_config[] = "{\"model_type\":\"llama\",\"hidden_size\":64,\"intermediate_size\":172,\"num_"
+                                   "hidden_layers\":5,\"num_attention_heads\":8,"
+                                   "\"num_key_value_heads\":4,\"vocab_size\":512,\"max_position_embeddings\":256,\"rms_"
+                                   "norm_eps\":1e-5,\"rope_theta\":10000.0,"
+                                   "\"bos_token_id\":1,\"eos_token_id\":[2,3],\"hidden_act\":\"silu\"}";
 
 // small_config with one field set to a JSON value, or taken out when value is NULL
 static bool parse_changed(Config* c, const char* field, const char* value, Error* err) {
@@ -595,8 +626,10 @@ static void test_config_spellings(void** state) {
     Config c;
     Error err;
     assert_true(parse_changed(&c, "unknown", "{\"x\":1}", &err));
-    assert_true(c.C == 64 && c.F == 172 && c.L == 5 && c.NH == 8 && c.NKV == 4 && c.HD == 8 && c.V == 512 && c.context == 256);
-    assert_true(!c.tied && c.eps == 1e-5f && c.theta == 10000 && c.factor == 1 && c.bos == 1 && c.n_eos == 2 && c.eos[1] == 3);
+    assert_true(c.C == 64 && c.F == 172 && c.L == 5 && c.NH == 8 && c.NKV == 4 && c.HD == 8 && c.V == 512 &&
+                c.context == 256);
+    assert_true(!c.tied && c.eps == 1e-5f && c.theta == 10000 && c.factor == 1 && c.bos == 1 && c.n_eos == 2 &&
+                c.eos[1] == 3);
     assert_true(parse_changed(&c, "num_key_value_heads", NULL, &err) && c.NKV == 8);
     assert_true(parse_changed(&c, "num_key_value_heads", "null", &err) && c.NKV == 8);
     assert_true(parse_changed(&c, "head_dim", "32", &err) && c.HD == 32);
@@ -607,7 +640,8 @@ static void test_config_spellings(void** state) {
     assert_true(parse_changed(&c, "bos_token_id", NULL, &err) && c.bos == -1);
     assert_true(parse_changed(&c, "attention_bias", "false", &err) && parse_changed(&c, "mlp_bias", "null", &err));
     assert_true(parse_changed(&c, "quantization_config", "null", &err));
-    const char* llama3[] = { // the scaling of Llama 3.2, four ways
+    const char* llama3[] = {
+        // the scaling of Llama 3.2, four ways
         "\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":32.0,\"low_freq_factor\":1.0,\"high_freq_factor\":4.0,"
         "\"original_max_position_embeddings\":8192},\"rope_theta\":500000.0}",
         "\"rope_scaling\":{\"type\":\"llama3\",\"factor\":32,\"low_freq_factor\":1,\"high_freq_factor\":4,"
@@ -619,8 +653,11 @@ static void test_config_spellings(void** state) {
     };
     for (int i = 0; i < 4; i++) {
         char text[2048];
-        snprintf(text, sizeof text, "{\"model_type\":\"llama\",\"hidden_size\":64,\"intermediate_size\":172,\"num_hidden_layers\":5,"
-                 "\"num_attention_heads\":8,\"vocab_size\":512,\"max_position_embeddings\":256,\"rms_norm_eps\":1e-5,%s", llama3[i]);
+        snprintf(
+            text, sizeof text,
+            "{\"model_type\":\"llama\",\"hidden_size\":64,\"intermediate_size\":172,\"num_hidden_layers\":5,"
+            "\"num_attention_heads\":8,\"vocab_size\":512,\"max_position_embeddings\":256,\"rms_norm_eps\":1e-5,%s",
+            llama3[i]);
         if (!config_parse(&c, text, strlen(text), &err)) test_fail("spelling %d: %s", i, err.text);
         assert_true(c.theta == 500000 && c.factor == 32 && c.low == 1 && c.high == 4 && c.original == 8192);
     }
@@ -631,8 +668,9 @@ static void test_config_spellings(void** state) {
 
 static void test_config_refused(void** state) {
     (void)state;
-#define LLAMA3(factor, low, high, original)                                                                                \
-    "{\"rope_type\":\"llama3\",\"factor\":" factor ",\"low_freq_factor\":" low ",\"high_freq_factor\":" high original "}"
+#define LLAMA3(factor, low, high, original)                                                                            \
+    "{\"rope_type\":\"llama3\",\"factor\":" factor ",\"low_freq_factor\":" low ",\"high_freq_factor\":" high original  \
+    "}"
 #define ORIGINAL ",\"original_max_position_embeddings\":8192"
     const struct {
         const char *field, *value, *fragment;
@@ -677,13 +715,16 @@ static void test_config_refused(void** state) {
         { "rope_theta", "1e39", "rope_theta is" },
         { "rope_scaling", "4", "rope_scaling is 4: expected an object" },
         { "rope_parameters", "[]", "rope_parameters is []: expected an object" },
-        { "rope_scaling", "{\"type\":\"yarn\",\"factor\":2}", "rope_type is \"yarn\": expected \"llama3\" or \"default\"" },
+        { "rope_scaling", "{\"type\":\"yarn\",\"factor\":2}",
+          "rope_type is \"yarn\": expected \"llama3\" or \"default\"" },
         { "rope_scaling", "{\"rope_type\":3}", "rope_type is 3" },
-        { "rope_scaling", "{\"rope_type\":\"default\",\"partial_rotary_factor\":0.25}", "partial_rotary_factor is 0.25" },
+        { "rope_scaling", "{\"rope_type\":\"default\",\"partial_rotary_factor\":0.25}",
+          "partial_rotary_factor is 0.25" },
         { "rope_scaling", "{\"rope_type\":\"llama3\"}", "factor is missing" },
         { "rope_scaling", LLAMA3("8", "1", "4", ""), "original_max_position_embeddings is missing" },
         { "rope_scaling", LLAMA3("0.5", "1", "4", ORIGINAL), "factor is 0.5: expected at least 1" },
-        { "rope_scaling", LLAMA3("8", "4", "4", ORIGINAL), "low_freq_factor is 4: expected less than high_freq_factor" },
+        { "rope_scaling", LLAMA3("8", "4", "4", ORIGINAL),
+          "low_freq_factor is 4: expected less than high_freq_factor" },
         { "rope_scaling", LLAMA3("8", "0", "4", ORIGINAL), "low_freq_factor is 0: expected a positive number" },
     };
     Config c;
@@ -692,9 +733,10 @@ static void test_config_refused(void** state) {
         expect_error(parse_changed(&c, bad[i].field, bad[i].value, &err), &err, bad[i].field, bad[i].fragment);
     expect_error(config_parse(&c, "[]", 2, &err), &err, "a list", "expected a JSON object");
     expect_error(config_parse(&c, "{", 1, &err), &err, "half", "not valid JSON");
-    const char huge[] = "{\"model_type\":\"llama\",\"hidden_size\":16777216,\"intermediate_size\":16777216,\"num_hidden_layers\":4096,"
-                        "\"num_attention_heads\":1,\"vocab_size\":1,\"max_position_embeddings\":1,\"rms_norm_eps\":1,\"head_dim\":2,"
-                        "\"rope_theta\":1}";
+    const char huge[] =
+        "{\"model_type\":\"llama\",\"hidden_size\":16777216,\"intermediate_size\":16777216,\"num_hidden_layers\":4096,"
+        "\"num_attention_heads\":1,\"vocab_size\":1,\"max_position_embeddings\":1,\"rms_norm_eps\":1,\"head_dim\":2,"
+        "\"rope_theta\":1}";
     expect_error(config_parse(&c, huge, strlen(huge), &err), &err, "huge", "more than 2^48 parameters");
 }
 
@@ -727,7 +769,7 @@ typedef struct {
     Params params;
     Param* list;
     SafetensorsEntry* entries;
-    size_t n;               // entries; the caller may take the last one off
+    size_t n; // entries; the caller may take the last one off
     float* numbers;
 } Model;
 
@@ -760,9 +802,7 @@ static void make_model(Model* m, bool tied) {
     snprintf(m->entries[m->n++].name, sizeof m->entries[0].name, "lm_head.weight");
 }
 
-static void free_model(Model* m) {
-    free(m->params.layer), free(m->list), free(m->entries), free(m->numbers);
-}
+static void free_model(Model* m) { free(m->params.layer), free(m->list), free(m->entries), free(m->numbers); }
 
 // writes the entries, maps them onto the config; true when the numbers come back
 static bool write_and_map(Model* m, Error* err) {
@@ -770,7 +810,8 @@ static bool write_and_map(Model* m, Error* err) {
     Safetensors st;
     Params p;
     memset(&p, 0, sizeof p);
-    if (!safetensors_write(path, m->entries, m->n, err) || !safetensors_open(&st, path, err)) test_fail("%s", err->text);
+    if (!safetensors_write(path, m->entries, m->n, err) || !safetensors_open(&st, path, err))
+        test_fail("%s", err->text);
     p.layer = allocate((size_t)m->config.L, sizeof *p.layer);
     bool ok = llama3_map(&p, &m->config, &st, err);
     if (ok) {
@@ -806,8 +847,10 @@ static void test_map(void** state) {
         *q = kept;
         m.n--; // lm_head
         bool ok = write_and_map(&m, &err);
-        if (tied) assert_true(ok);
-        else expect_error(ok, &err, "untied", "lm_head.weight is missing");
+        if (tied)
+            assert_true(ok);
+        else
+            expect_error(ok, &err, "untied", "lm_head.weight is missing");
         free_model(&m);
     }
 }
@@ -822,12 +865,15 @@ static void test_map_dtype(void** state) {
         size_t size, bytes = 6 * (size_t)safetensors_dtype_bytes(dtypes[i]);
         Safetensors st;
         Error err;
-        snprintf(header, sizeof header, "{\"w\":{\"dtype\":\"%s\",\"shape\":[2,3],\"data_offsets\":[0,%zu]}}", dtypes[i], bytes);
+        snprintf(header, sizeof header, "{\"w\":{\"dtype\":\"%s\",\"shape\":[2,3],\"data_offsets\":[0,%zu]}}",
+                 dtypes[i], bytes);
         uint8_t* file = make_safetensors(header, bytes, &size);
         assert_true(safetensors_parse(&st, file, size, &err));
         bool ok = llama3_map_tensor(&param, &st, &err);
-        if (i < 3) assert_true(ok && w.dtype == (Dtype)i);
-        else expect_error(ok, &err, dtypes[i], "expected F32, BF16 or F16");
+        if (i < 3)
+            assert_true(ok && w.dtype == (Dtype)i);
+        else
+            expect_error(ok, &err, dtypes[i], "expected F32, BF16 or F16");
         safetensors_close(&st);
         free(file);
     }
