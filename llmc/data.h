@@ -2,7 +2,7 @@
 Token streams for training and evaluation.
 
     .bin        llm.c's token shards: 256 int32 of header (magic, version, count), then the tokens
-                20240520 version 1 uint16, 20240801 version 7 uint32; mapped, not read
+                20240520 version 1 uint16, 20240801 version 7 uint32; mapped, not read: not to be changed meanwhile
     .jsonl      a document {"text": …} a line: bos and its tokens; or a chat {"messages": [{"role", "content"} …]}: bos
                 and each message in Llama 3's template, of which only the assistant's words and their <|eot_id|> are
                 targets. Blank lines are ignored
@@ -83,25 +83,29 @@ static inline void data_add_shard(Data* d, const void* tokens, int width, uint64
 
 // ---- token files -----------------------------------------------------------------------------
 
+// the largest of tokens start … end - 1
+static inline uint32_t shard_max(const Shard* s, uint64_t start, uint64_t end) {
+    const unaligned_u16* narrow = (const unaligned_u16*)s->tokens;
+    const unaligned_u32* wide = (const unaligned_u32*)s->tokens;
+    uint32_t max = 0;
+    if (s->width == 2)
+        for (uint64_t i = start; i < end; i++) max = narrow[i] > max ? narrow[i] : max;
+    if (s->width == 4)
+        for (uint64_t i = start; i < end; i++) max = wide[i] > max ? wide[i] : max;
+    return max;
+}
+
 // whether all ids are below V
 static inline bool data_check_ids(const Shard* s, const char* name, int V, Progress* progress, Error* err) {
     if (s->width == 2 && V > UINT16_MAX) return true;
-    const unaligned_u16* narrow = (const unaligned_u16*)s->tokens;
-    const unaligned_u32* wide = (const unaligned_u32*)s->tokens;
     enum { CHUNK = 1 << 20 };
     for (uint64_t start = 0, end; start < s->n; start = end) {
         end = s->n - start < CHUNK ? s->n : start + CHUNK;
-        uint32_t max = 0;
-        if (s->width == 2) {
-            for (uint64_t i = start; i < end; i++) max = narrow[i] > max ? narrow[i] : max;
-        } else {
-            for (uint64_t i = start; i < end; i++) max = wide[i] > max ? wide[i] : max;
+        if (shard_max(s, start, end) >= (uint32_t)V) {
+            while (shard_get(s, start) < (uint32_t)V) start++;
+            return set_error(err, "%s: token %llu is %u, but the vocabulary ends at %d", name,
+                             (unsigned long long)start, shard_get(s, start), V - 1);
         }
-        if (max >= (uint32_t)V)
-            for (uint64_t i = start;; i++)
-                if (shard_get(s, i) >= (uint32_t)V)
-                    return set_error(err, "%s: token %llu is %u, but the vocabulary ends at %d", name, (unsigned long long)i,
-                                     shard_get(s, i), V - 1);
         progress_add(progress, (double)(end - start) * s->width);
     }
     return true;
@@ -114,7 +118,8 @@ static inline bool data_add_bin(Data* d, const char* name, const uint8_t* bytes,
     const unaligned_u32* header = (const unaligned_u32*)bytes;
     bool wide = header[0] == 20240801;
     if (!wide && header[0] != 20240520)
-        return set_error(err, "%s: not a token file: it begins with %u, expected 20240520 (uint16) or 20240801 (uint32)",
+        return set_error(err,
+                         "%s: not a token file: it begins with %u, expected 20240520 (uint16) or 20240801 (uint32)",
                          name, header[0]);
     if (header[1] != (wide ? 7 : 1))
         return set_error(err, "%s: version %u, expected %d", name, header[1], wide ? 7 : 1);
@@ -131,9 +136,10 @@ static inline bool data_add_bin(Data* d, const char* name, const uint8_t* bytes,
 static inline bool data_write_bin(const char* path, const int32_t* ids, size_t n, int V, Error* err) {
     if (n > INT32_MAX) return set_error(err, "%s: %zu tokens, a token file holds at most %d", path, n, INT32_MAX);
     bool wide = V > 65536;
+    size_t width = wide ? 4 : 2;
     int32_t header[BIN_HEADER / 4] = { wide ? 20240801 : 20240520, wide ? 7 : 1, (int32_t)n };
     enum { CHUNK = 4096 };
-    uint32_t buffer[CHUNK];
+    uint8_t buffer[CHUNK * 4];
     Writer w;
     if (!writer_open(&w, path, err) || !writer_put(&w, header, sizeof header, err)) return false;
     for (size_t start = 0; start < n; start += CHUNK) {
@@ -142,10 +148,9 @@ static inline bool data_write_bin(const char* path, const int32_t* ids, size_t n
         for (size_t i = 0; i < count; i++) {
             uint32_t id = (uint32_t)ids[start + i];
             require(id < (uint32_t)V, "ids are in the vocabulary");
-            if (wide) buffer[i] = id;
-            else ((uint16_t*)buffer)[i] = (uint16_t)id;
+            memcpy(buffer + i * width, &id, width); // the low bytes come first
         }
-        if (!writer_put(&w, buffer, count * (wide ? 4 : 2), err)) return false;
+        if (!writer_put(&w, buffer, count * width, err)) return false;
     }
     return writer_close(&w, err);
 }
@@ -204,7 +209,8 @@ static inline bool data_add_chat(Data* d, const cJSON* messages, Tokenizer* t, E
         if (!tokenizer_chat_header(t, made, role->valuestring, err)) return false;
         size_t words = made->n;
         made->n = start; // the message brings its header along
-        if (!tokenizer_chat_message(t, made, role->valuestring, content->valuestring, strlen(content->valuestring), err))
+        if (!tokenizer_chat_message(t, made, role->valuestring, content->valuestring, strlen(content->valuestring),
+                                    err))
             return false;
         bool learned = strcmp(role->valuestring, "assistant") == 0;
         for (; masked < (learned ? words : made->n); masked++)
@@ -225,8 +231,8 @@ static inline bool data_add_line(Data* d, const char* line, size_t n, Tokenizer*
     return ok;
 }
 
-static inline bool data_add_jsonl(Data* d, const char* name, const char* text, size_t n, Tokenizer* t, Progress* progress,
-                                  Error* err) {
+static inline bool data_add_jsonl(Data* d, const char* name, const char* text, size_t n, Tokenizer* t,
+                                  Progress* progress, Error* err) {
     uint64_t number = 1;
     for (size_t start = 0, end; start < n; start = end + 1, number++) {
         const char* newline = (const char*)memchr(text + start, '\n', n - start);
@@ -257,8 +263,8 @@ static inline DataKind data_kind(const char* path) {
 }
 
 // adds the bytes of one file; those of a .bin file must outlive d
-static inline bool data_add(Data* d, DataKind kind, const char* name, const uint8_t* bytes, size_t size, Tokenizer* t, int V,
-                            Progress* progress, Error* err) {
+static inline bool data_add(Data* d, DataKind kind, const char* name, const uint8_t* bytes, size_t size, Tokenizer* t,
+                            int V, Progress* progress, Error* err) {
     if (kind == DATA_BIN) return data_add_bin(d, name, bytes, size, V, progress, err);
     if (!t) return set_error(err, "%s: text needs a tokenizer; only .bin files do without one", name);
     if (kind == DATA_JSONL) return data_add_jsonl(d, name, (const char*)bytes, size, t, progress, err);
@@ -290,7 +296,8 @@ static inline bool data_text(Data* d, const char* text, size_t n, Tokenizer* t, 
     return ok;
 }
 
-static inline bool data_add_files(Data* d, char** paths, size_t n, Tokenizer* t, int V, Progress* progress, Error* err) {
+static inline bool data_add_files(Data* d, char** paths, size_t n, Tokenizer* t, int V, Progress* progress,
+                                  Error* err) {
     DataKind kind = data_kind(paths[0]);
     d->maps = (Map*)allocate(n, sizeof *d->maps);
     for (size_t i = 0; i < n; i++) {
@@ -299,8 +306,8 @@ static inline bool data_add_files(Data* d, char** paths, size_t n, Tokenizer* t,
         Map map;
         if (!map_file(&map, paths[i], err)) return false;
         bool ok = data_add(d, kind, paths[i], map.data, map.size, t, V, progress, err);
-        if (kind == DATA_BIN) d->maps[d->n_maps++] = map;
-        else unmap_file(&map);
+        if (kind == DATA_BIN) d->maps[d->n_maps++] = map; // also after an error: data_close unmaps it
+        if (kind != DATA_BIN) unmap_file(&map);
         if (!ok) return false;
     }
     return true;
@@ -393,7 +400,7 @@ static inline int data_window(const Data* d, const uint64_t* first, int32_t* ids
     while (high - low > 1) {
         size_t middle = low + (high - low) / 2;
         if (first[middle] <= w) low = middle;
-        else high = middle;
+        if (first[middle] > w) high = middle;
     }
     const Shard* s = &d->shards[low];
     uint64_t start = (w - first[low]) * (uint64_t)T, left = s->n - 1 - start;

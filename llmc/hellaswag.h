@@ -43,11 +43,14 @@ static inline bool hellaswag_line(Hellaswag* h, size_t i, char* line, const char
     if (n && line[n - 1] == '\r') line[n - 1] = 0;
     if (!*line) return set_error(err, "%s, line %zu: empty, expected six lines a task", name, i + 1);
     if (part == 1 && (line[0] < '0' || line[0] >= '0' + HELLASWAG_ENDINGS || line[1]))
-        return set_error(err, "%s, line %zu: '%.40s' where the index of the right ending is expected, 0 to 3", name, i + 1,
-                         line);
-    if (part == 0) task->context = line;
-    else if (part == 1) task->label = line[0] - '0';
-    else task->endings[part - 2] = line;
+        return set_error(err, "%s, line %zu: '%.40s' where the index of the right ending is expected, 0 to 3", name,
+                         i + 1, line);
+    if (part == 0)
+        task->context = line;
+    else if (part == 1)
+        task->label = line[0] - '0';
+    else
+        task->endings[part - 2] = line;
     return true;
 }
 

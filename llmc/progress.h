@@ -29,8 +29,8 @@ static inline void progress_add(Progress* p, double amount) {
     double time = now(), every = p->shown == p->start ? 1.5 : p->terminal ? 0.2 : 10;
     if (time - p->shown < every || !(p->done > 0) || p->done > p->total) return;
     double left = (time - p->start) * (p->total / p->done - 1);
-    fprintf(stderr, "%s%s: %.0f %%, %s left%s", p->terminal ? "\r" : "", p->what, 100 * p->done / p->total, duration(left),
-            p->terminal ? "\033[K" : "\n");
+    fprintf(stderr, "%s%s: %.0f %%, %s left%s", p->terminal ? "\r" : "", p->what, 100 * p->done / p->total,
+            duration(left), p->terminal ? "\033[K" : "\n");
     p->shown = time;
 }
 

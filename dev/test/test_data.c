@@ -57,7 +57,8 @@ static const char* put_bin(const char* name, bool wide, uint32_t first, uint32_t
     uint8_t* file = allocate(1024 + 4 * (size_t)n, 1);
     memcpy(file, header, 1024);
     for (uint32_t i = 0; i < n; i++)
-        for (int b = 0; b < (wide ? 4 : 2); b++) file[1024 + i * (wide ? 4 : 2) + b] = (uint8_t)((first + i) >> (8 * b));
+        for (int b = 0; b < (wide ? 4 : 2); b++)
+            file[1024 + i * (wide ? 4 : 2) + b] = (uint8_t)((first + i) >> (8 * b));
     const char* path = put_file(name, file, 1024 + (wide ? 4 : 2) * (size_t)n);
     free(file);
     return path;
@@ -271,7 +272,8 @@ static void test_resume(void** state) {
     for (int B = 1; B <= ROWS; B++) {
         if (ROWS % B) continue;
         for (int r = 0; r < ROWS; r += B) {
-            Data other = open_shards(); // nothing but the position is remembered
+            // nothing but the position is remembered
+            Data other = open_shards();
             if (r % 2) data_eval_windows(&other, 9), data_windows(&other, 3); // another T in between does no harm
             data_batch(&other, again + r * T, labels_again + r * T, B, T, 3, 1000000000000 + (uint64_t)r);
             data_close(&other);
@@ -522,19 +524,23 @@ so that apply_chat_template on these messages gives <|begin_of_text|><|start_hea
 static void test_chats(void** state) {
     (void)state;
 #define M(id) (-100 - (id)) // masked
+    // clang-format off
     const int32_t want[] = {
         M(256), M(258), M('u'), M('s'), M('e'), M('r'), M(259), M('\n'), M('\n'), M('H'), M('i'), M(260),
         M(258), M('a'), M('s'), M('s'), M('i'), M('s'), M('t'), M('a'), M('n'), M('t'), M(259), M('\n'), M('\n'),
         'Y', 'o', '!', 260,
         M(256), M(258), M('a'), M('s'), M('s'), M('i'), M('s'), M('t'), M('a'), M('n'), M('t'), M(259), M('\n'), M('\n'),
-        'A', 260, M(258), M('u'), M('s'), M('e'), M('r'), M(259), M('\n'), M('\n'), M('B'), M(260),
+        'A', 260,
+        M(258), M('u'), M('s'), M('e'), M('r'), M(259), M('\n'), M('\n'), M('B'), M(260),
     };
+    // clang-format on
 #undef M
-    Data d = open_data(put_text("chat.jsonl",
-                                "{\"messages\": [{\"role\": \"user\", \"content\": \"  Hi\\n\"}, {\"role\": \"assistant\", "
-                                "\"content\": \"Yo!\"}]}\n{\"messages\": [{\"role\": \"assistant\", \"content\": \"A\"}, "
-                                "{\"role\": \"user\", \"content\": \"B\"}]}\n"),
-                       261);
+    Data d =
+        open_data(put_text("chat.jsonl",
+                           "{\"messages\": [{\"role\": \"user\", \"content\": \"  Hi\\n\"}, {\"role\": \"assistant\", "
+                           "\"content\": \"Yo!\"}]}\n{\"messages\": [{\"role\": \"assistant\", \"content\": \"A\"}, "
+                           "{\"role\": \"user\", \"content\": \"B\"}]}\n"),
+                  261);
     enum { N = sizeof want / sizeof want[0] };
     check_ids(&d, want, N);
     int32_t ids[N], labels[N];
@@ -576,7 +582,8 @@ static void test_bad_jsonl(void** state) {
     expect_error(put_text("bad.jsonl", "\n \n"), &bytes_tokenizer, 261, "bad.jsonl", "no tokens", NULL);
     expect_error(put_text("bad.jsonl", "{\"text\": \"\"}"), &bytes_tokenizer, 261, "bad.jsonl", "one token", NULL);
     expect_error(put_text("bad.jsonl", "{\"text\": \"x\"}\n"), NULL, 261, "tokenizer", NULL);
-    expect_error(put_text("bad.jsonl", "{\"text\": \"x\"}\n"), &bytes_tokenizer, 256, "bad.jsonl: token 0 is 256", NULL);
+    expect_error(put_text("bad.jsonl", "{\"text\": \"x\"}\n"), &bytes_tokenizer, 256, "bad.jsonl: token 0 is 256",
+                 NULL);
 }
 
 // ---- with Llama 3's tokenizer ----------------------------------------------------------------
@@ -586,10 +593,11 @@ static void test_llama3_chat(void** state) {
     (void)state;
     Tokenizer t = { 0 };
     if (!tokenizer_open(&t, test_data("llama3/tokenizer.json"), &err)) test_fail("%s", err.text);
-    const char* path = put_text("llama3.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"This is a test sentence.\"},"
-                                                "{\"role\": \"assistant\", \"content\": \" This is a response.\\n\"}]}\n");
-    const int32_t want[] = { 128000, 128006, 882,    128007, 271, 2028, 374, 264,  1296, 11914, 13,
-                             128009, 128006, 78191, 128007, 271, 2028, 374, 264, 2077, 13,   128009 };
+    const char* path =
+        put_text("llama3.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"This is a test sentence.\"},"
+                                 "{\"role\": \"assistant\", \"content\": \" This is a response.\\n\"}]}\n");
+    const int32_t want[] = { 128000, 128006, 882,   128007, 271, 2028, 374, 264, 1296, 11914, 13,
+                             128009, 128006, 78191, 128007, 271, 2028, 374, 264, 2077, 13,    128009 };
     enum { N = sizeof want / sizeof want[0], ANSWER = 16 };
     Data d;
     if (!data_open(&d, path, &t, 128256, &err)) test_fail("%s", err.text);
@@ -667,13 +675,13 @@ static void test_hellaswag(void** state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_uniform),      cmocka_unit_test(test_normal),      cmocka_unit_test(test_permute),
-        cmocka_unit_test(test_bin),          cmocka_unit_test(test_write_bin),   cmocka_unit_test(test_bad_bin),
-        cmocka_unit_test(test_epochs),       cmocka_unit_test(test_resume),      cmocka_unit_test(test_eval_windows),
-        cmocka_unit_test(test_split),        cmocka_unit_test(test_check_seq),   cmocka_unit_test(test_many_shards),
-        cmocka_unit_test(test_large),        cmocka_unit_test(test_text),        cmocka_unit_test(test_globs),
-        cmocka_unit_test(test_cut),          cmocka_unit_test(test_documents),   cmocka_unit_test(test_chats),
-        cmocka_unit_test(test_bad_jsonl),    cmocka_unit_test(test_llama3_chat), cmocka_unit_test(test_llama3_text),
+        cmocka_unit_test(test_uniform),   cmocka_unit_test(test_normal),      cmocka_unit_test(test_permute),
+        cmocka_unit_test(test_bin),       cmocka_unit_test(test_write_bin),   cmocka_unit_test(test_bad_bin),
+        cmocka_unit_test(test_epochs),    cmocka_unit_test(test_resume),      cmocka_unit_test(test_eval_windows),
+        cmocka_unit_test(test_split),     cmocka_unit_test(test_check_seq),   cmocka_unit_test(test_many_shards),
+        cmocka_unit_test(test_large),     cmocka_unit_test(test_text),        cmocka_unit_test(test_globs),
+        cmocka_unit_test(test_cut),       cmocka_unit_test(test_documents),   cmocka_unit_test(test_chats),
+        cmocka_unit_test(test_bad_jsonl), cmocka_unit_test(test_llama3_chat), cmocka_unit_test(test_llama3_text),
         cmocka_unit_test(test_hellaswag),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

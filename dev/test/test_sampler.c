@@ -83,8 +83,8 @@ static bool check_filter(int V, SamplerOptions o, int slack) {
     }
     free(want);
     if (!ok && (slack || !near))
-        test_fail("V %d temperature %g top-k %d top-p %g min-p %g: kept %d, expected %d", V, (double)o.temperature, o.top_k,
-                  (double)o.top_p, (double)o.min_p, kept, expected);
+        test_fail("V %d temperature %g top-k %d top-p %g min-p %g: kept %d, expected %d", V, (double)o.temperature,
+                  o.top_k, (double)o.top_p, (double)o.min_p, kept, expected);
     return !near;
 }
 
@@ -158,8 +158,10 @@ static void check_frequencies(int V, SamplerOptions o, uint64_t seed) {
     for (int i = 0; i < V; i++) {
         double expected = p[i] * DRAWS;
         if (count[i] && p[i] == 0) test_fail("token %d was drawn, but is filtered out", i);
-        if (expected < 10) rare += count[i], rare_p += p[i];
-        else chi += (count[i] - expected) * (count[i] - expected) / expected, cells++;
+        if (expected < 10)
+            rare += count[i], rare_p += p[i];
+        else
+            chi += (count[i] - expected) * (count[i] - expected) / expected, cells++;
     }
     if (rare_p * DRAWS >= 10) chi += pow(rare - rare_p * DRAWS, 2) / (rare_p * DRAWS), cells++;
     assert_true(cells > 1);
@@ -264,9 +266,9 @@ static void test_large(void** state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_filters),   cmocka_unit_test(test_ties),      cmocka_unit_test(test_order),
-        cmocka_unit_test(test_frequencies), cmocka_unit_test(test_greedy),  cmocka_unit_test(test_extremes),
-        cmocka_unit_test(test_bad_logits), cmocka_unit_test(test_repeatable), cmocka_unit_test(test_large),
+        cmocka_unit_test(test_filters),     cmocka_unit_test(test_ties),       cmocka_unit_test(test_order),
+        cmocka_unit_test(test_frequencies), cmocka_unit_test(test_greedy),     cmocka_unit_test(test_extremes),
+        cmocka_unit_test(test_bad_logits),  cmocka_unit_test(test_repeatable), cmocka_unit_test(test_large),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
