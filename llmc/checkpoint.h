@@ -189,8 +189,8 @@ static inline void checkpoint_abandon(Checkpoint* c) {
     remove_all(c->path, &ignored);
 }
 
-// gives the folder its name. A checkpoint of the same step changes places with it in one move; a file system that cannot
-// do that has, between two renames, neither
+// gives the folder its name. A checkpoint of the same step changes places with it in one move; a file system that
+// cannot do that has, between two renames, neither
 static inline bool checkpoint_rename(const Checkpoint* c, Error* err) {
     char path[PATH_SIZE], old[PATH_SIZE];
     if (!checkpoint_path(path, c->out, "", c->step, err) ||

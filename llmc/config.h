@@ -1,16 +1,22 @@
 /*
 A model folder: config.json and generation_config.json <-> Config, and a file's tensors -> Params.
 
-    field                           Config
-    hidden_size  intermediate_size  C  F
+    hidden_size                     C
+    intermediate_size               F
     num_hidden_layers               L
-    num_attention_heads  num_key_value_heads (NH when absent)  head_dim (C / NH when absent)      NH  NKV  HD
-    vocab_size  tie_word_embeddings (false when absent)                                           V  tied
-    max_position_embeddings  rms_norm_eps                                                         context  eps
-    bos_token_id  eos_token_id (one or a list; generation_config.json's when it is there)         bos  eos
-    rope_theta  rope_scaling {rope_type or type, factor, low_freq_factor, high_freq_factor,
-        original_max_position_embeddings}: as transformers 4 writes them                          theta  factor  low
-    rope_parameters {rope_theta and the same}: as transformers 5 does                             high  original
+    num_attention_heads             NH
+    num_key_value_heads             NKV         absent: NH
+    head_dim                        HD          absent: C / NH
+    vocab_size                      V
+    tie_word_embeddings             tied        absent: false
+    max_position_embeddings         context
+    rms_norm_eps                    eps
+    bos_token_id                    bos         absent: none
+    eos_token_id                    eos         one id or a list; generation_config.json's where there is one; absent: none
+    rope_theta                      theta       as transformers 4 writes it, with
+    rope_scaling                    factor low high original, from {rope_type or type, factor, low_freq_factor,
+                                    high_freq_factor, original_max_position_embeddings}; absent: no scaling
+    rope_parameters                 all five, as transformers 5 writes them: {rope_theta, rope_type, factor, …}
 
 A field that is null counts as absent; one that is not in the table is ignored, unless it says that the model computes
 something else than llmc/llama3.h: that is an error, which names the field. We write the spelling of transformers 4,
