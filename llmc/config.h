@@ -12,7 +12,7 @@ A model folder: config.json and generation_config.json <-> Config, and a file's 
     max_position_embeddings         context
     rms_norm_eps                    eps
     bos_token_id                    bos         absent: none
-    eos_token_id                    eos         one id or a list; generation_config.json's where there is one; absent: none
+    eos_token_id                    eos         one id or a list; generation_config.json's goes before; absent: none
     rope_theta                      theta       as transformers 4 writes it, with
     rope_scaling                    factor low high original, from {rope_type or type, factor, low_freq_factor,
                                     high_freq_factor, original_max_position_embeddings}; absent: no scaling
