@@ -15,7 +15,8 @@ Arrays are 64-byte aligned, zero at first, and live as long as the arena.
 #include "error.h"
 
 typedef struct {
-    char* block;   // NULL while counting
+    char* block;   // NULL while counting; 64-byte aligned, inside memory
+    void* memory;
     size_t used;   // bytes
 } Arena;
 
@@ -27,16 +28,14 @@ static inline float* arena_floats(Arena* a, size_t n) {
     return p;
 }
 
+// pages that nobody writes to take no memory: calloc maps large blocks lazily
 static inline void arena_allocate(Arena* a) {
-    size_t bytes = (a->used + 63) & ~(size_t)63;
-    a->block = (char*)aligned_alloc(64, bytes ? bytes : 64);
-    if (!a->block) die("out of memory: %.1f MiB asked for", (double)bytes / 0x1p20);
-    memset(a->block, 0, bytes);
+    a->memory = allocate(a->used + 64, 1);
+    a->block = (char*)a->memory + (64 - (uintptr_t)a->memory % 64) % 64;
     a->used = 0;
 }
 
 static inline void arena_free(Arena* a) {
-    free(a->block);
-    a->block = NULL;
-    a->used = 0;
+    free(a->memory);
+    memset(a, 0, sizeof *a);
 }

@@ -162,13 +162,6 @@ static inline void llama3_list(Param* list, Params* p, const Config* c) {
     require(n == llama3_count(c), "llama3_count counts the tensors that llama3_list lists");
 }
 
-// the number of parameters
-static inline size_t llama3_size(const Param* list, int n) {
-    size_t total = 0;
-    for (int i = 0; i < n; i++) total += param_size(&list[i]);
-    return total;
-}
-
 // points the tensors at base, each 256-byte aligned unless joined, a layer in one contiguous range; returns the bytes
 // needed. With base NULL it only counts
 static inline size_t llama3_place(Param* list, int n, Dtype dtype, void* base) {

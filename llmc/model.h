@@ -1,0 +1,83 @@
+/*
+What the commands ask of a model. llama3.c answers on the CPU, train_llama3.cu on the GPU; train.h, generate.h and evaluate.h
+know nothing else of either.
+*/
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "dtype.h"
+#include "error.h"
+#include "llama3.h"
+
+#ifndef MODEL_API // llama3.c as a library makes them its own
+#define MODEL_API
+#endif
+
+typedef struct Model Model; // weights, and what it takes to run or train them
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// ---- making one: NULL with the reason in err; freed with model_free ---------------------------
+
+MODEL_API Model* model_make(const Config* c, uint64_t seed);             // random weights, to be trained
+MODEL_API Model* model_load(const char* folder, Error* err);             // a folder's weights, to be trained
+MODEL_API Model* model_open(const char* folder, Error* err);             // a folder's weights, to be run from where they lie
+MODEL_API void model_free(Model* m);
+MODEL_API const Config* model_config(const Model* m);
+MODEL_API double model_weight_bytes(const Model* m);                     // that one generated token reads
+
+// names the first weight or gradient that holds a NaN or an infinity in err; true when none does
+MODEL_API bool model_is_finite(const Model* m, Error* err);
+
+// ---- passes: ids and labels (B, T), label t is the token after id t, IGNORED_LABEL does not count ----
+
+// memory for passes of up to B sequences of up to T tokens; training: with backward and updates
+MODEL_API void model_reserve(Model* m, int B, int T, bool training);
+
+// the sum of the losses
+MODEL_API double model_loss(Model* m, const int32_t* ids, const int32_t* labels, int B, int T);
+
+// adds the gradient of scale * (the sum of the losses) to the model's, and returns the sum
+MODEL_API double model_backward(Model* m, const int32_t* ids, const int32_t* labels, int B, int T, float scale);
+
+typedef struct {
+    float lr, beta1, beta2, eps, weight_decay, clip; // clip 0: none
+} AdamWOptions;
+
+// one AdamW step with the gradients, clipped to a global norm, which are zero afterwards; returns the norm before. A norm
+// that is not finite changes nothing
+MODEL_API float model_update(Model* m, AdamWOptions o);
+
+// ---- a text, token by token -------------------------------------------------------------------
+
+typedef struct Sequence Sequence; // keys and values of the tokens so far; its model must outlive it
+
+MODEL_API Sequence* sequence_make(const Model* m, int capacity);         // room for that many tokens
+MODEL_API void sequence_free(Sequence* s);
+MODEL_API int sequence_length(const Sequence* s);
+MODEL_API void sequence_clear(Sequence* s);
+
+// n more tokens; overwrites logits (V) with those after the last
+MODEL_API void sequence_feed(Sequence* s, const int32_t* ids, int n, float* logits);
+
+// ---- files ------------------------------------------------------------------------------------
+
+// model.safetensors and config.json in a folder
+MODEL_API bool model_save(const Model* m, const char* folder, Dtype dtype, Error* err);
+
+// optimizer.safetensors: m and v, and fp32 master weights when those of the folder are rounded; and back, into a model that
+// was reserved for training. updates: the AdamW steps it has seen
+MODEL_API bool model_save_optimizer(const Model* m, const char* folder, bool master, Error* err);
+MODEL_API bool model_load_optimizer(Model* m, const char* folder, int64_t updates, Error* err);
+
+// bytes to train with batches (B, T) in F32, weights included, and bytes of a sequence of that capacity
+MODEL_API double model_training_bytes(const Config* c, int B, int T);
+MODEL_API double model_sequence_bytes(const Config* c, int capacity);
+
+#ifdef __cplusplus
+}
+#endif
