@@ -14,7 +14,7 @@ CFLAGS_sanitize := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 ifeq ($(CFLAGS_$(config)),)
 $(error config=$(config): expected release, debug or sanitize)
 endif
-CFLAGS += -std=gnu11 -Wall -Wextra -Werror -fopenmp -I. -MMD -MP $(CFLAGS_$(config))
+CFLAGS += -std=gnu11 -Wall -Wextra -Werror -Wno-pass-failed -fopenmp -I. -MMD -MP $(CFLAGS_$(config))
 
 BUILD := build/$(config)
 

@@ -55,7 +55,7 @@ static inline bool save_state(const Training* t, const char* folder, Error* err)
     cJSON_AddNumberToObject(root, "step", (double)t->step);
     cJSON_AddNumberToObject(root, "position", (double)t->position);
     cJSON_AddNumberToObject(root, "train_tokens", (double)data_tokens(&t->train));
-    if (isfinite(t->best)) cJSON_AddNumberToObject(root, "best_val_loss", t->best);
+    if (isfinite(t->best)) json_add_float(root, "best_val_loss", t->best);
     cJSON_AddItemToObject(root, "options", options_to_json(&t->run->o));
     return json_write(root, folder, "state.json", err);
 }

@@ -226,12 +226,13 @@ static float* copy_all(CpuModel* model, float* get(CpuModel*, const char*, size_
     int n = llama3_count(c);
     Param* list = allocate(n, sizeof *list);
     llama3_list(list, &params, c);
-    float* all = allocate(llama3_size(list, n), sizeof *all);
+    float* all = NULL;
     *total = 0;
     for (int i = 0; i < n; i++) {
         size_t size = 0;
         const float* numbers = get(model, list[i].name, &size);
         if (!numbers || size != param_size(&list[i])) test_fail("llama3.c knows no %s of that size", list[i].name);
+        all = reallocate(all, *total + size, sizeof *all);
         memcpy(all + *total, numbers, size * sizeof *all);
         *total += size;
     }
