@@ -206,11 +206,16 @@ static inline int hash_bits(size_t count) {
     return bits;
 }
 
+// the slot where n > 0 bytes may be; if others are there, one of those that follow
+static inline TokenSlot* tokenizer_first_slot(const Tokenizer* t, const char* bytes, size_t n) {
+    return &t->tokens[hash_slot(piece_print(bytes, n) + n, t->token_bits)];
+}
+
 // the slot of n > 0 bytes, or the empty one where they belong
 static inline TokenSlot* tokenizer_slot(const Tokenizer* t, const char* bytes, size_t n) {
     uint64_t print = piece_print(bytes, n);
     size_t mask = ((size_t)1 << t->token_bits) - 1;
-    for (size_t i = hash_slot(print + n, t->token_bits);; i = (i + 1) & mask) {
+    for (size_t i = (size_t)(tokenizer_first_slot(t, bytes, n) - t->tokens);; i = (i + 1) & mask) {
         TokenSlot* s = &t->tokens[i];
         if (s->id < 0) return s;
         if (s->print == print && s->n == n && (n <= 8 || !memcmp(t->bytes.data + t->pieces[s->id].at, bytes, n))) return s;
@@ -222,9 +227,11 @@ static inline int32_t tokenizer_find(const Tokenizer* t, const char* bytes, size
     return n == 0 || n > t->longest ? -1 : tokenizer_slot(t, bytes, n)->id;
 }
 
+static inline uint64_t pair_of(int32_t left, int32_t right) { return (uint64_t)(uint32_t)left << 32 | (uint32_t)right; }
+
 // the slot of a pair; rank NO_MERGE when it does not merge
 static inline MergeSlot* tokenizer_merge(const Tokenizer* t, int32_t left, int32_t right) {
-    uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
+    uint64_t pair = pair_of(left, right);
     size_t mask = ((size_t)1 << t->merge_bits) - 1;
     for (size_t i = hash_slot(pair, t->merge_bits);; i = (i + 1) & mask) {
         MergeSlot* s = &t->merge_slots[i];
@@ -308,7 +315,7 @@ static inline bool tokenizer_index_merges(Tokenizer* t, bool rank_is_id, Error* 
         const Merge* m = &t->merges[i];
         MergeSlot* slot = tokenizer_merge(t, m->left, m->right);
         if (slot->id >= 0) return set_error(err, "merges: entry %zu repeats an earlier one", i);
-        slot->pair = (uint64_t)(uint32_t)m->left << 32 | (uint32_t)m->right;
+        slot->pair = pair_of(m->left, m->right);
         slot->rank = rank_is_id ? (uint32_t)m->id : (uint32_t)i;
         slot->id = m->id;
     }
@@ -620,8 +627,8 @@ static inline bool tokenizer_read_merges(Tokenizer* t, const cJSON* merges, Erro
         int32_t left_id = tokenizer_find(t, bytes, nl), right_id = tokenizer_find(t, bytes + nl, nr);
         int32_t id = tokenizer_find(t, bytes, nl + nr);
         if (left_id < 0 || right_id < 0 || id < 0)
-            return set_error(err, "model.merges: entry %zu: \"%.50s\" and \"%.50s\" and what they make must be in model.vocab",
-                             i, left, right);
+            return set_error(err, "model.merges: entry %zu: \"%.*s\" and \"%.50s\" and what they make must be in model.vocab",
+                             i, (int)(left_length < 50 ? left_length : 50), left, right);
         tokenizer_add_merge(t, left_id, right_id, id);
         i++;
     }
@@ -830,18 +837,29 @@ static inline bool tokenizer_is_whole(Tokenizer* t, int32_t id) {
     return t->whole[id] == WHOLE_YES;
 }
 
-// text is valid UTF-8; the pattern matches at every place of it
+static inline bool tokenizer_encode_piece(Tokenizer* t, Tokens* out, const char* piece, size_t n, Error* err) {
+    int32_t id = tokenizer_find(t, piece, n);
+    if (id >= 0 && (t->ignore_merges || tokenizer_is_whole(t, id))) tokens_push(out, id);
+    else if (n < UINT32_MAX) tokenizer_merge_piece(t, out, piece, n);
+    else return set_error(err, "a single piece of %zu bytes: at most %u expected", n, UINT32_MAX - 1);
+    return true;
+}
+
+// text is valid UTF-8; the pattern matches at every place of it. Some pieces are split off ahead, so that their slots
+// are on the way from memory when they are looked up
 static inline bool tokenizer_encode_valid(Tokenizer* t, Tokens* out, const char* text, size_t n, Error* err) {
+    enum { AHEAD = 16 };
     const size_t* range = pcre2_get_ovector_pointer(t->match);
-    for (size_t at = 0; at < n; at = range[1]) {
-        int code = pcre2_match(t->split, (PCRE2_SPTR)text, n, at, PCRE2_NO_UTF_CHECK, t->match, t->context);
-        if (code < 0) return set_error(err, "PCRE2 cannot split the text at byte %zu: its error %d", at, code);
-        const char* piece = text + at;
-        size_t length = range[1] - at;
-        int32_t id = tokenizer_find(t, piece, length);
-        if (id >= 0 && tokenizer_is_whole(t, id)) tokens_push(out, id);
-        else if (length < UINT32_MAX) tokenizer_merge_piece(t, out, piece, length);
-        else return set_error(err, "a single piece of %zu bytes: at most %u expected", length, UINT32_MAX - 1);
+    size_t ends[AHEAD];
+    for (size_t at = 0, start = 0; at < n;) {
+        int pieces = 0;
+        for (; pieces < AHEAD && at < n; ends[pieces++] = at = range[1]) {
+            int code = pcre2_match(t->split, (PCRE2_SPTR)text, n, at, PCRE2_NO_UTF_CHECK, t->match, t->context);
+            if (code < 0) return set_error(err, "PCRE2 cannot split the text at byte %zu: its error %d", at, code);
+            if (range[1] - at <= t->longest) __builtin_prefetch(tokenizer_first_slot(t, text + at, range[1] - at));
+        }
+        for (int i = 0; i < pieces; start = ends[i++])
+            if (!tokenizer_encode_piece(t, out, text + start, ends[i] - start, err)) return false;
     }
     return true;
 }

@@ -95,7 +95,7 @@ def pipe_program():
 def data_files(data):
     for path in sorted(data.rglob("*")):
         if path.suffix in (".txt", ".md"):
-            yield path.name, path.read_text(newline="", encoding="utf-8")
+            yield path.name, path.read_bytes().decode()
         elif path.name.endswith(".txt.gz"):
             yield path.name, gzip.decompress(path.read_bytes()).decode()
 
