@@ -61,8 +61,8 @@ $(CORPUS): Makefile
 
 ## test: everything that needs no GPU, no network and no Python
 TESTS := $(patsubst dev/test/%.c,$(BUILD)/%,$(wildcard dev/test/test_*.c))
-test: $(TESTS)
-	@dev/test/run.sh $(TESTS)
+test: $(TESTS) $(BUILD)/llama3
+	@LLAMA3_PROGRAM=$(BUILD)/llama3 dev/test/run.sh $(TESTS)
 
 $(BUILD)/test_%: dev/test/test_%.c Makefile | $(AFTER_DEPS)
 	@mkdir -p $(@D)
