@@ -34,10 +34,10 @@ Source          Sennrich, Haddow, Birch 2016, "Neural Machine Translation of Rar
 #include "json.h"
 
 enum {
-    MAX_PIECE = 1024,      // bytes of a token
-    MAX_IDS = 1 << 22,     // ids are below
-    SHORT_PIECE = 64,      // bytes up to which pairs are searched one by one
-    N_RESERVED = 256,      // special tokens behind those of a tokenizer.model
+    MAX_PIECE = 1024,  // bytes of a token
+    MAX_IDS = 1 << 22, // ids are below
+    SHORT_PIECE = 64,  // bytes up to which pairs are searched one by one
+    N_RESERVED = 256,  // special tokens behind those of a tokenizer.model
 };
 
 // Llama 3's split, with the white space class spelled as asked. PCRE2's own \s has U+180E, which Unicode took out of it
@@ -47,7 +47,8 @@ enum {
 
 // the roles' part of Llama 3's chat template, in Jinja; tokenizer_chat_message does the same
 #define LLAMA3_CHAT_TEMPLATE                                                                                           \
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'" \
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "                        \
+    "'<|end_header_id|>\\n\\n'"                                                                                        \
     " + (message['content'] | trim) + '<|eot_id|>' }}{% endfor %}"                                                     \
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 
@@ -120,6 +121,8 @@ typedef struct {
 
 static const uint32_t NO_MERGE = UINT32_MAX;
 
+// clang-format off
+
 // begins as zeros; used by one thread at a time
 typedef struct {
     int32_t V;            // the largest id + 1
@@ -139,7 +142,7 @@ typedef struct {
     uint32_t longest;     // bytes of the longest of them
     Merge* merges;        // [n_merges], in the order of tokenizer.json
     size_t n_merges, merges_capacity;
-    MergeSlot* merge_slots; // 1 << merge_bits
+    MergeSlot* merge_slots; // 1 << merge_bits of them
     int merge_bits;
     uint8_t* whole;       // [V]: do a token's own bytes merge into it? WHOLE_…
 
@@ -149,6 +152,8 @@ typedef struct {
     pcre2_match_context* context;
     pcre2_jit_stack* jit_stack;
 } Tokenizer;
+
+// clang-format on
 
 enum { WHOLE_UNKNOWN, WHOLE_YES, WHOLE_NO };
 
@@ -218,7 +223,8 @@ static inline TokenSlot* tokenizer_slot(const Tokenizer* t, const char* bytes, s
     for (size_t i = (size_t)(tokenizer_first_slot(t, bytes, n) - t->tokens);; i = (i + 1) & mask) {
         TokenSlot* s = &t->tokens[i];
         if (s->id < 0) return s;
-        if (s->print == print && s->n == n && (n <= 8 || !memcmp(t->bytes.data + t->pieces[s->id].at, bytes, n))) return s;
+        if (s->print == print && s->n == n && (n <= 8 || !memcmp(t->bytes.data + t->pieces[s->id].at, bytes, n)))
+            return s;
     }
 }
 
@@ -327,7 +333,8 @@ static inline bool tokenizer_compile_split(Tokenizer* t, Error* err) {
     int code;
     PCRE2_SIZE at;
     t->split = pcre2_compile((PCRE2_SPTR)pattern, sizeof pattern - 1, PCRE2_UTF | PCRE2_ANCHORED, &code, &at, NULL);
-    if (!t->split) return set_error(err, "PCRE2 refuses the split pattern at %zu (10.40 or newer expected)", (size_t)at);
+    if (!t->split)
+        return set_error(err, "PCRE2 refuses the split pattern at %zu (10.40 or newer expected)", (size_t)at);
     pcre2_jit_compile(t->split, PCRE2_JIT_COMPLETE); // where that is not supported PCRE2 interprets
     t->match = pcre2_match_data_create(1, NULL);
     t->context = pcre2_match_context_create(NULL);
@@ -380,8 +387,10 @@ static inline void tokenizer_bytes(Tokenizer* t) {
 // ---- tokenizer.model -------------------------------------------------------------------------
 
 static inline int base64_value(char c) {
-    return c >= 'A' && c <= 'Z' ? c - 'A' : c >= 'a' && c <= 'z' ? c - 'a' + 26 : c >= '0' && c <= '9' ? c - '0' + 52 :
-           c == '+' ? 62 : c == '/' ? 63 : -1;
+    if (c >= 'A' && c <= 'Z') return c - 'A';
+    if (c >= 'a' && c <= 'z') return c - 'a' + 26;
+    if (c >= '0' && c <= '9') return c - '0' + 52;
+    return c == '+' ? 62 : c == '/' ? 63 : -1;
 }
 
 // decodes n characters into bytes (room for 3 n / 4); returns how many, 0 when they are not base64
@@ -406,7 +415,8 @@ static inline void tokenizer_derive_merges(Tokenizer* t) {
         size_t n, first = t->n_merges;
         const char* piece = tokenizer_piece(t, id, &n);
         for (size_t cut = 1; cut < n; cut++) {
-            int32_t left = tokenizer_find(t, piece, cut), right = left < 0 ? -1 : tokenizer_find(t, piece + cut, n - cut);
+            int32_t left = tokenizer_find(t, piece, cut);
+            int32_t right = left < 0 ? -1 : tokenizer_find(t, piece + cut, n - cut);
             if (right < 0) continue;
             tokenizer_add_merge(t, left, right, id);
             for (size_t i = t->n_merges - 1; i > first && t->merges[i - 1].left > t->merges[i].left; i--) {
@@ -417,13 +427,18 @@ static inline void tokenizer_derive_merges(Tokenizer* t) {
     }
 }
 
-// the special tokens as Llama 3.1 and later name them; i counts from the first
+// the special tokens as Llama 3.1 and later name them; i counts from the first, the nameless ones have numbers
 static inline void llama3_special_name(char name[64], int i) {
-    static const char* const names[] = { "begin_of_text", "end_of_text", NULL, NULL, "finetune_right_pad_id", NULL,
-                                         "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag" };
-    static const int reserved[] = { 0, 0, 0, 1, 0, 2 };
-    if (i < 11 && names[i]) snprintf(name, 64, "<|%s|>", names[i]);
-    else snprintf(name, 64, "<|reserved_special_token_%d|>", i < 11 ? reserved[i] : i - 8);
+    // clang-format off
+    static const char* const names[] = {
+        "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+        "finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id",
+        "eom_id", "eot_id", "python_tag",
+    };
+    // clang-format on
+    const int named = sizeof names / sizeof *names;
+    if (i < named) snprintf(name, 64, "<|%s|>", names[i]);
+    if (i >= named) snprintf(name, 64, "<|reserved_special_token_%d|>", i - named + 3);
 }
 
 // one line, "base64 rank", of n characters
@@ -433,7 +448,8 @@ static inline bool tokenizer_parse_line(Tokenizer* t, int64_t id, const char* li
     char bytes[MAX_PIECE + 3], rank[32];
     if (length > MAX_PIECE / 3 * 4) return set_error(err, "line %lld: a token too long", (long long)id + 1);
     size_t decoded = space ? base64_decode(bytes, line, length) : 0;
-    if (decoded == 0) return set_error(err, "line %lld: not a token in base64, a space and its rank", (long long)id + 1);
+    if (decoded == 0)
+        return set_error(err, "line %lld: not a token in base64, a space and its rank", (long long)id + 1);
     size_t digits = (size_t)snprintf(rank, sizeof rank, "%lld", (long long)id);
     if (n - length - 1 != digits || memcmp(space + 1, rank, digits) != 0)
         return set_error(err, "line %lld: the rank is \"%.*s\", expected %s", (long long)id + 1,
@@ -509,6 +525,8 @@ static inline size_t unspell_bytes(char* bytes, const char* spelled, size_t n) {
     return done;
 }
 
+// clang-format off
+
 // what a tokenizer.json must say; absent counts as null
 static const struct {
     const char *path, *want, *or_want; // JSON text
@@ -533,6 +551,8 @@ static const struct {
     { "model.ignore_merges",                              "false",         "true" },
 };
 
+// clang-format on
+
 // the item at a path such as "model.type" or "pretokenizers.0"; NULL when there is none
 static inline const cJSON* json_at(const cJSON* item, const char* path) {
     char key[64];
@@ -548,7 +568,8 @@ static inline const cJSON* json_at(const cJSON* item, const char* path) {
 static inline bool tokenizer_check_fields(const cJSON* root, Error* err) {
     bool ok = true;
     for (size_t i = 0; i < sizeof tokenizer_fields / sizeof tokenizer_fields[0] && ok; i++) {
-        const char *path = tokenizer_fields[i].path, *want = tokenizer_fields[i].want, *or_want = tokenizer_fields[i].or_want;
+        const char* path = tokenizer_fields[i].path;
+        const char *want = tokenizer_fields[i].want, *or_want = tokenizer_fields[i].or_want;
         const cJSON* item = json_at(root, path);
         char* printed = item ? cJSON_PrintUnformatted(item) : NULL;
         const char* found = item ? printed : "null";
@@ -573,8 +594,8 @@ static inline bool tokenizer_read_added(Tokenizer* t, const cJSON* list, Error* 
             return set_error(err, "added_tokens: an entry without a content and a whole id");
         for (int i = 0; i < 3; i++)
             if (cJSON_IsTrue(json_get(item, unsupported[i])))
-                return set_error(err, "added_tokens: %s of \"%.100s\" is true, not supported: expected false", unsupported[i],
-                                 content->valuestring);
+                return set_error(err, "added_tokens: %s of \"%.100s\" is true, not supported: expected false",
+                                 unsupported[i], content->valuestring);
         bool special = cJSON_IsTrue(json_get(item, "special"));
         if (!tokenizer_add_special(t, id, content->valuestring, special, err)) return error_in(err, "added_tokens");
     }
@@ -594,8 +615,8 @@ static inline bool tokenizer_read_vocab(Tokenizer* t, const cJSON* vocab, Error*
         if (piece && n == length && memcmp(piece, key, n) == 0 && tokenizer_special(t, key) == id) continue;
         n = unspell_bytes(bytes, key, length);
         if (n == 0)
-            return set_error(err, "model.vocab: \"%.100s\" does not spell 1 to %d bytes in the byte-level alphabet", key,
-                             MAX_PIECE);
+            return set_error(err, "model.vocab: \"%.100s\" does not spell 1 to %d bytes in the byte-level alphabet",
+                             key, MAX_PIECE);
         if (!tokenizer_add_token(t, id, bytes, n, err)) return error_in(err, "model.vocab");
     }
     for (int i = 0; i < t->n_added; i++) {
@@ -603,7 +624,8 @@ static inline bool tokenizer_read_vocab(Tokenizer* t, const cJSON* vocab, Error*
         const char* text = tokenizer_piece(t, t->added[i].id, &n);
         int32_t id = tokenizer_find(t, bytes, unspell_bytes(bytes, text, n));
         if (id >= 0)
-            return set_error(err, "\"%.*s\" is %d in added_tokens and %d in model.vocab", (int)n, text, t->added[i].id, id);
+            return set_error(err, "\"%.*s\" is %d in added_tokens and %d in model.vocab", (int)n, text, t->added[i].id,
+                             id);
     }
     return true;
 }
@@ -627,8 +649,9 @@ static inline bool tokenizer_read_merges(Tokenizer* t, const cJSON* merges, Erro
         int32_t left_id = tokenizer_find(t, bytes, nl), right_id = tokenizer_find(t, bytes + nl, nr);
         int32_t id = tokenizer_find(t, bytes, nl + nr);
         if (left_id < 0 || right_id < 0 || id < 0)
-            return set_error(err, "model.merges: entry %zu: \"%.*s\" and \"%.50s\" and what they make must be in model.vocab",
-                             i, (int)(left_length < 50 ? left_length : 50), left, right);
+            return set_error(err,
+                             "model.merges: entry %zu: \"%.*s\", \"%.50s\" and both together must be in model.vocab", i,
+                             (int)(left_length < 50 ? left_length : 50), left, right);
         tokenizer_add_merge(t, left_id, right_id, id);
         i++;
     }
@@ -658,13 +681,16 @@ static inline bool tokenizer_parse_json(Tokenizer* t, const char* text, size_t n
     if (!root) return false;
     bool ok = tokenizer_fill_from_json(t, root, err);
     cJSON_Delete(root);
-    if (ok) text_add(&t->source, text, n);
-    else tokenizer_close(t);
+    if (ok)
+        text_add(&t->source, text, n);
+    else
+        tokenizer_close(t);
     return ok;
 }
 
 // bos or eos as tokenizer_config.json names it: a string, an object with a content, or null for none. Absent: as it was
-static inline bool tokenizer_name_special(const Tokenizer* t, int32_t* id, const cJSON* root, const char* key, Error* err) {
+static inline bool tokenizer_name_special(const Tokenizer* t, int32_t* id, const cJSON* root, const char* key,
+                                          Error* err) {
     const cJSON *item = json_get(root, key), *content = cJSON_IsObject(item) ? json_get(item, "content") : item;
     if (!item) return true;
     *id = cJSON_IsString(content) ? tokenizer_special(t, content->valuestring) : -1;
@@ -781,8 +807,8 @@ static inline uint64_t heap_pop(Heap* h) {
 
 // a token of a piece that is being merged; it covers the bytes from its own index to that of the next
 typedef struct {
-    int32_t id;               // -1: merged into the one before
-    uint32_t previous, next;  // indices; next is n behind the last
+    int32_t id;              // -1: merged into the one before
+    uint32_t previous, next; // indices; next is n behind the last
 } PieceNode;
 
 // enters the pair of node i and the next, if it merges
@@ -820,8 +846,10 @@ static inline void tokenizer_merge_long(const Tokenizer* t, Tokens* out, const c
 }
 
 static inline void tokenizer_merge_piece(const Tokenizer* t, Tokens* out, const char* bytes, size_t n) {
-    if (n <= SHORT_PIECE) tokenizer_merge_short(t, out, bytes, n);
-    else tokenizer_merge_long(t, out, bytes, n);
+    if (n <= SHORT_PIECE)
+        tokenizer_merge_short(t, out, bytes, n);
+    else
+        tokenizer_merge_long(t, out, bytes, n);
 }
 
 // whether the bytes of a token merge into it, so that no merging is needed where they are a whole piece
@@ -839,9 +867,12 @@ static inline bool tokenizer_is_whole(Tokenizer* t, int32_t id) {
 
 static inline bool tokenizer_encode_piece(Tokenizer* t, Tokens* out, const char* piece, size_t n, Error* err) {
     int32_t id = tokenizer_find(t, piece, n);
-    if (id >= 0 && (t->ignore_merges || tokenizer_is_whole(t, id))) tokens_push(out, id);
-    else if (n < UINT32_MAX) tokenizer_merge_piece(t, out, piece, n);
-    else return set_error(err, "a single piece of %zu bytes: at most %u expected", n, UINT32_MAX - 1);
+    if (id >= 0 && (t->ignore_merges || tokenizer_is_whole(t, id)))
+        tokens_push(out, id);
+    else if (n < UINT32_MAX)
+        tokenizer_merge_piece(t, out, piece, n);
+    else
+        return set_error(err, "a single piece of %zu bytes: at most %u expected", n, UINT32_MAX - 1);
     return true;
 }
 
@@ -896,7 +927,8 @@ static inline const AddedToken* tokenizer_added_at(const Tokenizer* t, const cha
     if (!(t->starts[(uint8_t)text[0]] & (special ? 1 : 2))) return NULL;
     for (int i = 0; i < t->n_added; i++) {
         const Piece* p = &t->pieces[t->added[i].id];
-        if ((special || !t->added[i].special) && p->n <= n && !memcmp(t->bytes.data + p->at, text, p->n)) return &t->added[i];
+        if ((special || !t->added[i].special) && p->n <= n && !memcmp(t->bytes.data + p->at, text, p->n))
+            return &t->added[i];
     }
     return NULL;
 }
@@ -905,6 +937,7 @@ static inline const AddedToken* tokenizer_added_at(const Tokenizer* t, const cha
 // other. No bos is added
 static inline bool tokenizer_encode(Tokenizer* t, Tokens* out, const char* text, size_t n, bool special, Error* err) {
     size_t start = 0;
+    if (n == 0) return true; // then there may be no text to point at
     for (size_t i = 0; i < n;) {
         const AddedToken* added = tokenizer_added_at(t, text + i, n - i, special);
         if (!added) {
@@ -928,8 +961,8 @@ static inline size_t white_space_length(const char* text, size_t n) {
     if (n >= 2 && p[0] == 0xc2 && (p[1] == 0x85 || p[1] == 0xa0)) return 2;
     if (n < 3) return 0;
     uint32_t three = (uint32_t)p[0] << 16 | (uint32_t)p[1] << 8 | p[2];
-    bool space = three == 0xe19a80 || (three >= 0xe28080 && three <= 0xe2808a) || three == 0xe280a8 || three == 0xe280a9 ||
-                 three == 0xe280af || three == 0xe2819f || three == 0xe38080;
+    bool space = three == 0xe19a80 || (three >= 0xe28080 && three <= 0xe2808a) || three == 0xe280a8 ||
+                 three == 0xe280a9 || three == 0xe280af || three == 0xe2819f || three == 0xe38080;
     return space ? 3 : 0;
 }
 
@@ -937,7 +970,8 @@ static inline size_t white_space_length(const char* text, size_t n) {
 static inline bool tokenizer_chat_header(Tokenizer* t, Tokens* out, const char* role, Error* err) {
     int32_t start = tokenizer_special(t, "<|start_header_id|>"), end = tokenizer_special(t, "<|end_header_id|>");
     if (start < 0 || end < 0 || tokenizer_special(t, "<|eot_id|>") < 0)
-        return set_error(err, "the tokenizer has no <|start_header_id|>, <|end_header_id|> and <|eot_id|>: it cannot chat");
+        return set_error(err,
+                         "the tokenizer has no <|start_header_id|>, <|end_header_id|> and <|eot_id|>: it cannot chat");
     tokens_push(out, start);
     if (!tokenizer_encode(t, out, role, strlen(role), false, err)) return false;
     tokens_push(out, end);
@@ -967,9 +1001,9 @@ static inline bool tokenizer_chat_message(Tokenizer* t, Tokens* out, const char*
 // turns the bytes of tokens into valid UTF-8: a character is given out when it is whole, and what can become none is
 // replaced by U+FFFD at once, as few as Unicode recommends. Begins as zeros
 typedef struct {
-    Text text;      // given out
+    Text text; // given out
     uint8_t held[4];
-    int n_held;     // the beginning of a character
+    int n_held; // the beginning of a character
 } Decoder;
 
 static inline void decoder_free(Decoder* d) {
@@ -1037,7 +1071,8 @@ static inline void text_quote(Text* out, const char* s, size_t n) {
     char escape[8];
     text_add(out, "\"", 1);
     for (size_t i = 0; i < n; i++) {
-        if ((uint8_t)s[i] < 0x20) text_add(out, escape, (size_t)snprintf(escape, sizeof escape, "\\u%04x", (unsigned)s[i]));
+        if ((uint8_t)s[i] < 0x20)
+            text_add(out, escape, (size_t)snprintf(escape, sizeof escape, "\\u%04x", (unsigned)s[i]));
         else {
             if (s[i] == '"' || s[i] == '\\') text_add(out, "\\", 1);
             text_add(out, s + i, 1);

@@ -39,6 +39,7 @@ int main(int argc, char** argv) {
         rates[run] = (double)n / 1e6 / (seconds() - start);
     }
     qsort(rates, (size_t)runs, sizeof *rates, compare);
-    printf("load %.0f ms  tokens %zu  median %.1f MB/s  best %.1f MB/s\n", load * 1e3, ids.n, rates[runs / 2], rates[runs - 1]);
+    printf("load %.0f ms  tokens %zu  median %.1f MB/s  best %.1f MB/s\n", load * 1e3, ids.n, rates[runs / 2],
+           rates[runs - 1]);
     free(rates), free(text), tokens_free(&ids), tokenizer_close(&t);
 }

@@ -46,7 +46,7 @@ class Ours:
     """a tokenizer_pipe process"""
 
     def __init__(self, path):
-        self.process = subprocess.Popen([pipe_program(), str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen([build(ROOT / "dev/reference/tokenizer_pipe.c"), str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, kind, request):
         self.process.stdin.write(kind + struct.pack("<I", len(request)) + request)
@@ -77,15 +77,14 @@ class Ours:
         self.process.wait()
 
 
-def pipe_program():
-    """builds dev/reference/tokenizer_pipe.c when it is older than its sources"""
-    program = ROOT / "build" / "tokenizer_pipe"
-    sources = [ROOT / "dev/reference/tokenizer_pipe.c", *(ROOT / "llmc").glob("*.h")]
+def build(source):
+    """the program of a .c file, compiled anew when it is older than its sources"""
+    program = ROOT / "build" / "reference" / source.stem
+    sources = [source, *(ROOT / "llmc").glob("*.h")]
     if not program.exists() or any(s.stat().st_mtime > program.stat().st_mtime for s in sources):
-        program.parent.mkdir(exist_ok=True)
+        program.parent.mkdir(parents=True, exist_ok=True)
         libs = subprocess.check_output(["pkg-config", "--cflags", "--libs", "libpcre2-8", "libcjson"], text=True).split()
-        subprocess.check_call(["cc", "-std=gnu11", "-O2", f"-I{ROOT}", "-o", program, ROOT / "dev/reference/tokenizer_pipe.c",
-                               *libs, "-lm"])
+        subprocess.check_call(["cc", "-std=gnu11", "-O3", "-march=native", f"-I{ROOT}", "-o", program, source, *libs, "-lm"])
     return program
 
 

@@ -52,17 +52,22 @@ int main(int argc, char** argv) {
     Tokens ids = { NULL, 0, 0 };
     Error err = { "" };
     if (argc != 2) die("expected: tokenizer_pipe PATH");
-    if (strcmp(argv[1], "bytes") == 0) tokenizer_bytes(&t);
-    else if (!tokenizer_open(&t, argv[1], &err)) die("%s", err.text);
+    if (strcmp(argv[1], "bytes") == 0)
+        tokenizer_bytes(&t);
+    else if (!tokenizer_open(&t, argv[1], &err))
+        die("%s", err.text);
     int kind;
     while ((kind = getchar()) != EOF) {
         uint32_t n;
         if (fread(&n, sizeof n, 1, stdin) != 1) die("a request that ends early");
         char* request = (char*)allocate((size_t)n + 1, 1);
         if (fread(request, 1, n, stdin) != n) die("a request that ends early");
-        if (kind == 'd') answer_decoded(&t, request, n);
-        else if (serve(&t, &ids, (char)kind, request, n, &err)) answer(ids.ids, ids.n * sizeof *ids.ids);
-        else die("%s", err.text);
+        if (kind == 'd')
+            answer_decoded(&t, request, n);
+        else if (serve(&t, &ids, (char)kind, request, n, &err))
+            answer(ids.ids, ids.n * sizeof *ids.ids);
+        else
+            die("%s", err.text);
         free(request);
     }
     tokens_free(&ids), tokenizer_close(&t);

@@ -38,7 +38,8 @@ static inline void fuzz_round_trip(Tokenizer* t, const char* text, size_t n) {
         text_add(&streamed, rest, ready);
         require(bytes.n == n && (n == 0 || memcmp(bytes.data, text, n) == 0), "the bytes come back");
         bool valid = utf8_valid(text, n) == n;
-        require(!valid || (streamed.n == n && (n == 0 || memcmp(streamed.data, text, n) == 0)), "valid text streams as it is");
+        require(!valid || (streamed.n == n && (n == 0 || memcmp(streamed.data, text, n) == 0)),
+                "valid text streams as it is");
         tokens_free(&ids), text_free(&bytes), text_free(&streamed), decoder_free(&decoder);
     }
 }

@@ -16,8 +16,10 @@ static void add_byte_lines(Text* model) {
 int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Tokenizer t, again;
     Error err;
-    if (tokenizer_parse_model(&t, (const char*)data, size, &err)) tokenizer_close(&t);
-    else fuzz_refused(&err);
+    if (tokenizer_parse_model(&t, (const char*)data, size, &err))
+        tokenizer_close(&t);
+    else
+        fuzz_refused(&err);
     Text model = { NULL, 0, 0 };
     add_byte_lines(&model);
     text_add(&model, (const char*)data, size);

@@ -183,8 +183,10 @@ static void test_bytes_are_ids(void** state) {
 // each byte that is not part of valid UTF-8 is a token of its own; the text around it is as it was
 static void test_invalid_utf8(void** state) {
     (void)state;
-    static const char* const invalid[] = { "\xff",         "\x80",         "\xc3",         "\xc0\xaf",         "\xe2\x82",
-                                           "\xed\xa0\x80", "\xf4\x90\x80", "\xf0\x9f\x98", "\xf8\x88\x80\x80", "\xe2\x28" };
+    static const char* const invalid[] = { "\xff",         "\x80",         "\xc3",
+                                           "\xc0\xaf",     "\xe2\x82",     "\xed\xa0\x80",
+                                           "\xf4\x90\x80", "\xf0\x9f\x98", "\xf8\x88\x80\x80",
+                                           "\xe2\x28" };
     Tokenizer t = open_tokenizer(GOLDEN "tiny.json");
     for (size_t i = 0; i < sizeof invalid / sizeof *invalid; i++) {
         Tokens want = encode(&t, " the gradient", 13, false), after = encode(&t, " of the weights", 15, false);
@@ -296,19 +298,20 @@ static void expect_stream(const char* text, size_t n, size_t step, const char* w
 
 static void test_stream(void** state) {
     (void)state;
-    static const char* const cases[][2] = { // a text, and what Python's decode(errors="replace") makes of it
+    // a text, and what Python's decode(errors="replace") makes of it
+    static const char* const cases[][2] = {
         { "plain", "plain" },
         { "é中🙂 \x7f\xc2\x80\xdf\xbf\xe0\xa0\x80\xef\xbf\xbf\xf0\x90\x80\x80\xf4\x8f\xbf\xbf",
           "é中🙂 \x7f\xc2\x80\xdf\xbf\xe0\xa0\x80\xef\xbf\xbf\xf0\x90\x80\x80\xf4\x8f\xbf\xbf" },
         { "a\x80z", "a" BAD "z" },
-        { "a\xe4\xb8z", "a" BAD "z" },                        // a character broken off
-        { "a\xe4\xb8", "a" BAD },                             // at the end
+        { "a\xe4\xb8z", "a" BAD "z" }, // a character broken off
+        { "a\xe4\xb8", "a" BAD },      // at the end
         { "\xf0\x9f\x98", BAD },
         { "\xf0\x9f\x98\xe4\xb8\xad", BAD "中" },
-        { "\xc0\xaf", BAD BAD },                              // longer than needed
+        { "\xc0\xaf", BAD BAD }, // longer than needed
         { "\xe0\x80\xaf", BAD BAD BAD },
-        { "\xed\xa0\x80", BAD BAD BAD },                      // a surrogate
-        { "\xf4\x90\x80\x80", BAD BAD BAD BAD },              // beyond U+10FFFF
+        { "\xed\xa0\x80", BAD BAD BAD },         // a surrogate
+        { "\xf4\x90\x80\x80", BAD BAD BAD BAD }, // beyond U+10FFFF
         { "\xf0\x80\x80\x41", BAD BAD BAD "A" },
         { "\xff\xfe\xc3\xc3\xa9", BAD BAD BAD "é" },
         { "\xf1\x80\x80\xe1\x80\xc2\x41\x98\x42", BAD BAD BAD "A" BAD "B" },
@@ -325,8 +328,11 @@ static void test_chat(void** state) {
     Error err;
     Tokens ids = { 0 };
     tokenizer_bytes(&t);
-    static const char text[] = "\n\t \x1c\xc2\xa0\xe2\x80\x83" "a \xe3\x80\x80" "b<|eot_id|>\xe2\x80\xa9\r\n ";
-    static const char body[] = "a \xe3\x80\x80" "b<|eot_id|>"; // trimmed; special tokens in it are text
+    static const char text[] = "\n\t \x1c\xc2\xa0\xe2\x80\x83"
+                               "a \xe3\x80\x80"
+                               "b<|eot_id|>\xe2\x80\xa9\r\n ";
+    static const char body[] = "a \xe3\x80\x80"
+                               "b<|eot_id|>"; // trimmed; special tokens in it are text
     Tokens want = { 0 };
     tokens_push(&want, 258), tokens_push(&want, 'm'), tokens_push(&want, 'e'), tokens_push(&want, 259);
     tokens_push(&want, '\n'), tokens_push(&want, '\n');
@@ -353,7 +359,8 @@ static void test_chat_llama3(void** state) {
     Tokens ids = { 0 };
     assert_true(tokenizer_chat_message(&t, &ids, "user", "\nThis is a response. ", 21, &err));
     assert_true(tokenizer_chat_header(&t, &ids, "assistant", &err));
-    expect_ids("chat", ids, IDS(128006, 882, 128007, 271, 2028, 374, 264, 2077, 13, 128009, 128006, 78191, 128007, 271));
+    expect_ids("chat", ids,
+               IDS(128006, 882, 128007, 271, 2028, 374, 264, 2077, 13, 128009, 128006, 78191, 128007, 271));
     tokens_free(&ids), tokenizer_close(&t);
 }
 
@@ -449,7 +456,8 @@ static void test_config(void** state) {
         bool ok = tokenizer_open(&t, scratch, &err);
         if (ok != !cases[i].error) test_fail("%s: %s", cases[i].text, ok ? "accepted" : err.text);
         if (!ok && !strstr(err.text, cases[i].error)) test_fail("%s: %s", cases[i].text, err.text);
-        if (ok && (t.bos != cases[i].bos || t.eos != cases[i].eos)) test_fail("%s: bos %d eos %d", cases[i].text, t.bos, t.eos);
+        if (ok && (t.bos != cases[i].bos || t.eos != cases[i].eos))
+            test_fail("%s: bos %d eos %d", cases[i].text, t.bos, t.eos);
         if (ok) tokenizer_close(&t);
     }
 }
@@ -476,7 +484,8 @@ static Text replaced(const Text* text, const char* from, const char* to) {
 
 static void test_json_that_lies(void** state) {
     (void)state;
-    static const char* const cases[][3] = { // replace this, by this, and the error has this
+    // replace this, by this, and the error has this
+    static const char* const cases[][3] = {
         { "\"truncation\": null", "\"truncation\": {\"max_length\": 9}", "truncation is {\"max_length\":9}" },
         { "\"padding\": null", "\"padding\": {}", "padding is {}" },
         { "\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}", "normalizer is {\"type\":\"NFC\"}" },
@@ -522,9 +531,9 @@ static void test_json_that_lies(void** state) {
         { "\"merges\": [", "\"merges\": [\"ab\", ", "model.merges: entry 0 is not a pair" },
         { "\"merges\": [", "\"merges\": [[\"a\"], ", "model.merges: entry 0 is not a pair" },
         { "\"merges\": [", "\"merges\": [[\"a\", 3], ", "model.merges: entry 0 is not a pair" },
-        { "\"merges\": [", "\"merges\": [\"zzzz q\", ", "entry 0: \"zzzz\" and \"q\"" },
-        { "\"merges\": [", "\"merges\": [\"z \", ", "entry 0: \"z\" and \"\"" },
-        { "\"merges\": [", "\"merges\": [\"! !\", ", "what they make must be in model.vocab" },
+        { "\"merges\": [", "\"merges\": [\"zzzz q\", ", "entry 0: \"zzzz\", \"q\" and both" },
+        { "\"merges\": [", "\"merges\": [\"z \", ", "entry 0: \"z\", \"\" and both" },
+        { "\"merges\": [", "\"merges\": [\"! !\", ", "both together must be in model.vocab" },
         { "\"merges\": [", "\"merges\": [\"h e\", \"h e\", ", "merges: entry 1 repeats an earlier one" },
         { "{", "", "not valid JSON" },
     };
@@ -627,10 +636,12 @@ static void test_open_fails(void** state) {
     Error err;
     char folder[PATH_SIZE];
     assert_true(path_join(folder, scratch, "empty", &err) && make_folders(folder, &err));
-    expect_error(tokenizer_open(&t, folder, &err), &err, "folder", "/empty: holds no tokenizer.json and no tokenizer.model");
+    expect_error(tokenizer_open(&t, folder, &err), &err, "folder",
+                 "/empty: holds no tokenizer.json and no tokenizer.model");
     expect_error(tokenizer_open(&t, "/nonexistent", &err), &err, "path", "cannot read /nonexistent: ");
     assert_true(write_file(in_scratch("empty/tokenizer.model"), "", 0, &err));
-    expect_error(tokenizer_open(&t, folder, &err), &err, "nothing", "empty/tokenizer.model: no token for the byte 0x00");
+    expect_error(tokenizer_open(&t, folder, &err), &err, "nothing",
+                 "empty/tokenizer.model: no token for the byte 0x00");
     assert_true(write_file(in_scratch("empty/tokenizer.json"), " {}", 3, &err));
     expect_error(tokenizer_open(&t, folder, &err), &err, "empty", "empty/tokenizer.json: pre_tokenizer.type is null");
 }
