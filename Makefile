@@ -39,14 +39,6 @@ endif
 
 VERSION := 0.1
 
-## llama3: the CPU program
-llama3: $(BUILD)/llama3
-	@cp -f $< $@
-
-$(BUILD)/llama3: llama3.c $(CORPUS) Makefile | $(AFTER_DEPS)
-	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -DVERSION='"$(VERSION)"' -o $@ $< $(call flags,$(LIBS)) -lm
-
 # what the programs learn when they are given no data: an explicit, sorted list, so that a tarball builds too. About a
 # tenth is held out, in whole files
 CORPUS_VAL := llmc/attention.h llmc/json.h
@@ -58,6 +50,14 @@ build/corpus/val.txt: $(CORPUS_VAL)
 $(CORPUS): Makefile
 	@mkdir -p $(@D)
 	@for file in $(filter-out Makefile,$^); do cat $$file; printf '\034'; done >$@
+
+## llama3: the CPU program
+llama3: $(BUILD)/llama3
+	@cp -f $< $@
+
+$(BUILD)/llama3: llama3.c $(CORPUS) Makefile | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -DVERSION='"$(VERSION)"' -o $@ $< $(call flags,$(LIBS)) -lm
 
 ## test: everything that needs no GPU, no network and no Python
 TESTS := $(patsubst dev/test/%.c,$(BUILD)/%,$(wildcard dev/test/test_*.c))
