@@ -34,41 +34,57 @@ Source          Milakov and Gimelshein 2018, "Online normalizer calculation for 
 
 #include "error.h"
 #include "exp.h"
+#include "softmax.h"
 
 enum { ATTENTION_QUERIES = 32, ATTENTION_KEYS = 64 };
 
 // ---- tiles ------------------------------------------------------------------------------------
 
+// n numbers on a cache line's boundary, not set; owned by the caller (free)
+static inline float* attention_scratch(size_t n) {
+    float* p = (float*)aligned_alloc(64, (n * sizeof(float) + 63) / 64 * 64);
+    if (!p) die("out of memory: %zu numbers for attention", n);
+    return p;
+}
+
 // c (M, N) += scale * a (M, K) · b (K, N). Rows of c and b are contiguous, ldc and ldb apart; element (i, k) of a is
-// a[i * row + k * col]
+// a[i * row + k * col]. Eight rows of b at a time, so that c is not written more often than arithmetic hides
 static inline void attention_product(float* c, size_t ldc, const float* a, size_t row, size_t col, const float* b,
                                      size_t ldb, int M, int K, int N, float scale) {
     for (int i = 0; i < M; i++) {
         float* ci = c + i * ldc;
         const float* ai = a + i * row;
         int k = 0;
-        for (; k + 4 <= K; k += 4) {
+        for (; k + 8 <= K; k += 8) {
             const float *b0 = b + k * ldb, *b1 = b0 + ldb, *b2 = b1 + ldb, *b3 = b2 + ldb;
-            float a0 = scale * ai[k * col], a1 = scale * ai[(k + 1) * col];
-            float a2 = scale * ai[(k + 2) * col], a3 = scale * ai[(k + 3) * col];
+            const float *b4 = b3 + ldb, *b5 = b4 + ldb, *b6 = b5 + ldb, *b7 = b6 + ldb;
+            float f[8];
+            for (int u = 0; u < 8; u++) f[u] = scale * ai[(k + u) * col];
 #pragma omp simd
-            for (int j = 0; j < N; j++) ci[j] += a0 * b0[j] + a1 * b1[j] + a2 * b2[j] + a3 * b3[j];
+            for (int j = 0; j < N; j++)
+                ci[j] += f[0] * b0[j] + f[1] * b1[j] + f[2] * b2[j] + f[3] * b3[j] + f[4] * b4[j] + f[5] * b5[j] +
+                         f[6] * b6[j] + f[7] * b7[j];
         }
         for (; k < K; k++) {
-            float ak = scale * ai[k * col];
+            float f = scale * ai[k * col];
 #pragma omp simd
-            for (int j = 0; j < N; j++) ci[j] += ak * b[k * ldb + j];
+            for (int j = 0; j < N; j++) ci[j] += f * b[k * ldb + j];
         }
     }
 }
 
-// xt (HD, ATTENTION_KEYS) = the transpose of n rows of x, the columns beyond them 0
+// overwrites xt (HD, ATTENTION_KEYS): the transpose of n rows of x, then columns of zeros up to a multiple of 16
 static inline void attention_transpose(float* xt, const float* x, size_t ldx, int n, int HD) {
-    for (int i = 0; i < HD; i++) {
-        float* to = xt + (size_t)i * ATTENTION_KEYS;
-        for (int j = 0; j < n; j++) to[j] = x[j * ldx + i];
-        for (int j = n; j < ATTENTION_KEYS; j++) to[j] = 0;
-    }
+    for (int j = 0; j < n; j += 16)
+        for (int i = 0; i < HD; i++) {
+            const float* from = x + j * ldx + i;
+            float column[16] = { 0 };
+            if (n - j >= 16)
+                for (int r = 0; r < 16; r++) column[r] = from[r * ldx];
+            else
+                for (int r = 0; r < n - j; r++) column[r] = from[r * ldx];
+            memcpy(xt + (size_t)i * ATTENTION_KEYS + j, column, sizeof column);
+        }
 }
 
 // ---- CPU reference ---------------------------------------------------------------------------
@@ -76,18 +92,10 @@ static inline void attention_transpose(float* xt, const float* x, size_t ldx, in
 // one row of scores s (n keys that the query sees, then others up to width) becomes e^(s - m) with 0 for the others;
 // returns what earlier sums must be scaled by, and updates the running maximum m and sum l
 static inline float attention_softmax(float* s, int n, int width, float* m, float* l) {
-    float max = *m, sum = 0;
-#pragma omp simd reduction(max : max)
-    for (int j = 0; j < n; j++) max = s[j] > max ? s[j] : max;
-    float rescale = exp32(*m - max);
-#pragma omp simd reduction(+ : sum)
-    for (int j = 0; j < n; j++) {
-        s[j] = exp32(s[j] - max);
-        sum += s[j];
-    }
-    for (int j = n; j < width; j++) s[j] = 0;
+    float max = softmax_max(s, n, *m), rescale = exp32(*m - max);
+    *l = *l * rescale + softmax_powers(s, n, max);
     *m = max;
-    *l = *l * rescale + sum;
+    for (int j = n; j < width; j++) s[j] = 0;
     return rescale;
 }
 
@@ -98,7 +106,7 @@ static inline void attention_forward_task(float* out, float* lse, const float* q
                                           float* kt, float* m, float* l) {
     const size_t ldo = (size_t)NH * HD;
     const float scale = 1 / sqrtf((float)HD);
-    float s[ATTENTION_QUERIES * ATTENTION_KEYS];
+    float s[ATTENTION_QUERIES * ATTENTION_KEYS] __attribute__((aligned(64)));
     for (int i = 0; i < G * ATTENTION_QUERIES; i++) m[i] = -INFINITY, l[i] = 0;
     for (int r = 0; r < rows; r++) memset(out + (t0 + r) * ldo, 0, sizeof(float) * G * HD);
     const int keys = pos + t0 + rows; // that the last query sees
@@ -108,7 +116,7 @@ static inline void attention_forward_task(float* out, float* lse, const float* q
         for (int h = 0; h < G; h++) {
             float *oh = out + t0 * ldo + (size_t)h * HD, *mh = m + h * ATTENTION_QUERIES,
                   *lh = l + h * ATTENTION_QUERIES;
-            memset(s, 0, sizeof s);
+            memset(s, 0, sizeof(float) * ATTENTION_KEYS * rows);
             attention_product(s, ATTENTION_KEYS, q + (size_t)t0 * ldq + (size_t)h * HD, ldq, 1, kt, ATTENTION_KEYS,
                               rows, HD, width, scale);
             for (int r = 0; r < rows; r++) {
@@ -137,7 +145,7 @@ static inline void attention_forward_cpu(float* out, float* lse, const float* q,
     const int64_t tasks = (int64_t)tiles * B * NKV;
 #pragma omp parallel if (tasks > 1 && (double)B * T * (pos + T) * NH * HD > 16384)
     {
-        float* kt = (float*)allocate((size_t)HD * ATTENTION_KEYS + 2 * (size_t)G * ATTENTION_QUERIES, sizeof(float));
+        float* kt = attention_scratch((size_t)HD * ATTENTION_KEYS + 2 * (size_t)G * ATTENTION_QUERIES);
         float *m = kt + (size_t)HD * ATTENTION_KEYS, *l = m + (size_t)G * ATTENTION_QUERIES;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) { // the longest first
@@ -159,7 +167,8 @@ static inline void attention_backward_task(float* dq, float* dk, float* dv, cons
                                            int G, int NH, int HD, int ld, float* kt, float* vt, float* dots) {
     const size_t ldo = (size_t)NH * HD;
     const float scale = 1 / sqrtf((float)HD);
-    float p[ATTENTION_QUERIES * ATTENTION_KEYS], ds[ATTENTION_QUERIES * ATTENTION_KEYS];
+    float p[ATTENTION_QUERIES * ATTENTION_KEYS] __attribute__((aligned(64)));
+    float ds[ATTENTION_QUERIES * ATTENTION_KEYS] __attribute__((aligned(64)));
     for (int t = 0; t < T; t++) {
         memset(dq + (size_t)t * ld, 0, sizeof(float) * G * HD);
         memset(dk + (size_t)t * ld, 0, sizeof(float) * HD);
@@ -183,7 +192,8 @@ static inline void attention_backward_task(float* dq, float* dk, float* dv, cons
                 const int n = t0 + rows - j0 < all ? t0 + rows - j0 : all, width = (n + 15) & ~15; // keys seen
                 const size_t query = (size_t)t0 * ld + (size_t)h * HD;
                 const float* dout_tile = dout + t0 * ldo + (size_t)h * HD;
-                memset(p, 0, sizeof p), memset(ds, 0, sizeof ds);
+                memset(p, 0, sizeof(float) * ATTENTION_KEYS * rows),
+                    memset(ds, 0, sizeof(float) * ATTENTION_KEYS * rows);
                 attention_product(p, ATTENTION_KEYS, q + query, ld, 1, kt, ATTENTION_KEYS, rows, HD, width, scale);
                 attention_product(ds, ATTENTION_KEYS, dout_tile, ldo, 1, vt, ATTENTION_KEYS, rows, HD, width, 1);
                 for (int r = 0; r < rows; r++) {
@@ -212,7 +222,7 @@ static inline void attention_backward_cpu(float* dq, float* dk, float* dv, const
 #pragma omp parallel if (tasks > 1)
     {
         const size_t tile = (size_t)HD * ATTENTION_KEYS;
-        float *kt = (float*)allocate(2 * tile + (size_t)G * T, sizeof(float)), *vt = kt + tile, *dots = vt + tile;
+        float *kt = attention_scratch(2 * tile + (size_t)G * T), *vt = kt + tile, *dots = vt + tile;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             const size_t b = (size_t)(task / NKV), g = (size_t)(task % NKV), head = g * G;

@@ -31,23 +31,20 @@ Source          Milakov and Gimelshein 2018; fused in chunks as in Hsu et al. 20
 #include "error.h"
 #include "exp.h"
 #include "matmul.h"
+#include "softmax.h"
 
 // ---- CPU reference ---------------------------------------------------------------------------
 
-// the sum of e^(x - max); with store, x becomes those powers
+// the sum of e^(x - max), in runs; with store, x becomes those powers
 static inline double cross_entropy_sum(float* x, float max, int V, bool store) {
     enum { RUN = 4096 };
     double total = 0;
     for (int start = 0; start < V; start += RUN) {
         int end = start + RUN < V ? start + RUN : V;
         float sum = 0;
-        if (store) {
-#pragma omp simd reduction(+ : sum)
-            for (int v = start; v < end; v++) {
-                x[v] = exp32(x[v] - max);
-                sum += x[v];
-            }
-        } else {
+        if (store)
+            sum = softmax_powers(x + start, end - start, max);
+        else {
 #pragma omp simd reduction(+ : sum)
             for (int v = start; v < end; v++) sum += exp32(x[v] - max);
         }
@@ -69,9 +66,7 @@ static inline void cross_entropy_cpu(float* losses, float* logits, const int32_t
             continue;
         }
         require(label >= 0 && label < V, "labels are checked before they reach the loss");
-        float max = -INFINITY, right = x[label];
-#pragma omp simd reduction(max : max)
-        for (int v = 0; v < V; v++) max = x[v] > max ? x[v] : max;
+        float right = x[label], max = softmax_max(x, V, -INFINITY);
         double sum = cross_entropy_sum(x, max, V, backward);
         losses[n] = (float)(log(sum) + (double)max - (double)right);
         if (!backward) continue;
