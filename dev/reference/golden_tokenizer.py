@@ -5,7 +5,9 @@ make of a few texts.
     python dev/reference/golden_tokenizer.py [DATA]     rewrites dev/test/golden/tokenizer; the same bytes every time
 
     tiny.json       a small byte-level BPE with Llama 3's split, trained here on the prose below; ignore_merges false
-    tiny.ids        its ids; tiny_ignore.ids: with ignore_merges true, and a vocabulary that makes this matter
+    tiny.ids        its ids
+    tiny_ignore.*   the same without the last merges, so that some tokens are reached only by ignore_merges true;
+                    tiny_cut.ids: its ids with ignore_merges false
     llama3.ids      Llama 3's own, from DATA/llama3 (default $LLAMA3_DATA, ../shared/data), where both libraries agree;
                     the tokenizer itself is not kept here
 
@@ -67,10 +69,9 @@ def train_tiny():
     return tokenizer.to_str(pretty=True)
 
 
-def ignoring_merges(text):
-    """the same with ignore_merges, and without the merges that lead to some tokens: only as a whole piece are they reached"""
+def without_last_merges(text, ignore_merges):
     tree = json.loads(text)
-    tree["model"]["ignore_merges"] = True
+    tree["model"]["ignore_merges"] = ignore_merges
     tree["model"]["merges"] = [" ".join(pair) for pair in tree["model"]["merges"][:150]]  # as older files spell them
     return json.dumps(tree, ensure_ascii=False)
 
@@ -100,9 +101,10 @@ def main():
     tokenizer = Tokenizer.from_str(tiny)
     write("tiny.ids", golden_lines(lambda text, special: encode(tokenizer, text, special)))
 
-    ignoring = Tokenizer.from_str(ignoring_merges(tiny))
-    (GOLDEN / "tiny_ignore.json").write_text(ignoring_merges(tiny))
-    write("tiny_ignore.ids", golden_lines(lambda text, special: encode(ignoring, text, special)))
+    for name, ignore_merges in ("tiny_ignore", True), ("tiny_cut", False):
+        cut = Tokenizer.from_str(without_last_merges(tiny, ignore_merges))
+        write(f"{name}.ids", golden_lines(lambda text, special: encode(cut, text, special)))
+    (GOLDEN / "tiny_ignore.json").write_text(without_last_merges(tiny, True))
 
     llama3 = Tokenizer.from_file(str(data / "llama3/tokenizer.json"))
     ranks = load_tiktoken_bpe(str(data / "llama3/tokenizer.model"))

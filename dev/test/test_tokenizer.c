@@ -112,19 +112,39 @@ static int compare_golden(Tokenizer* t, const char* path) {
     return lines;
 }
 
+// text, which a NUL follows, with the first `from` replaced; owned by the caller
+static Text replaced(const Text* text, const char* from, const char* to) {
+    const char* at = strstr(text->data, from);
+    if (!at) test_fail("the golden file has no %s", from);
+    Text out = { 0 };
+    text_add(&out, text->data, (size_t)(at - text->data));
+    text_string(&out, to);
+    at += strlen(from);
+    text_add(&out, at, (size_t)(text->data + text->n - at));
+    return out;
+}
+
+// the tokenizer of a golden .json with one thing replaced
+static Tokenizer open_changed(const char* path, const char* from, const char* to) {
+    Tokenizer t;
+    Error err;
+    Text json = read_text(path), changed = replaced(&json, from, to);
+    if (!tokenizer_parse_json(&t, changed.data, changed.n, &err)) test_fail("%s: %s", to, err.text);
+    text_free(&json), text_free(&changed);
+    return t;
+}
+
 static void test_golden_tiny(void** state) {
     (void)state;
-    static const char* const names[] = { "tiny", "tiny_ignore" };
-    for (int i = 0; i < 2; i++) {
-        char json[128], ids[128];
-        snprintf(json, sizeof json, GOLDEN "%s.json", names[i]);
-        snprintf(ids, sizeof ids, GOLDEN "%s.ids", names[i]);
-        Tokenizer t = open_tokenizer(json);
-        assert_int_equal(t.V, 505);
-        assert_int_equal(t.bos, 500);
-        assert_int_equal(t.eos, 501);
-        assert_true(compare_golden(&t, ids) > 50);
-        tokenizer_close(&t);
+    Tokenizer t[3] = { open_tokenizer(GOLDEN "tiny.json"), open_tokenizer(GOLDEN "tiny_ignore.json"),
+                       open_changed(GOLDEN "tiny_ignore.json", "\"ignore_merges\": true", "\"ignore_merges\": false") };
+    static const char* const ids[] = { GOLDEN "tiny.ids", GOLDEN "tiny_ignore.ids", GOLDEN "tiny_cut.ids" };
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(t[i].V, 505);
+        assert_int_equal(t[i].bos, 500);
+        assert_int_equal(t[i].eos, 501);
+        assert_true(compare_golden(&t[i], ids[i]) > 50);
+        tokenizer_close(&t[i]);
     }
 }
 
@@ -216,6 +236,25 @@ static void test_no_injection(void** state) {
     tokenizer_close(&t);
 }
 
+// of several added tokens the longest counts; one that is not special is recognised always; one that is in the vocabulary
+// too still does not come from text
+static void test_added_tokens(void** state) {
+    (void)state;
+    Tokenizer t = open_changed(GOLDEN "tiny.json", "\"<|eot_id|>\"", "\"<|begin_of_text|>x\"");
+    expect_encoding(&t, "<|begin_of_text|>x<|begin_of_text|>", true, IDS(504, 500));
+    tokenizer_close(&t);
+    t = open_changed(GOLDEN "tiny.json", "\"special\": true", "\"special\": false");
+    expect_encoding(&t, "<|begin_of_text|>", false, IDS(500));
+    Tokens eot = encode(&t, "<|eot_id|>", 10, false);
+    assert_true(eot.n > 1);
+    tokenizer_close(&t);
+    t = open_changed(GOLDEN "tiny_ignore.json", "\"!\": 0", "\"<|eot_id|>\": 504, \"!\": 0");
+    expect_encoding(&t, "<|eot_id|>", true, IDS(504));
+    Tokens again = encode(&t, "<|eot_id|>", 10, false);
+    assert_true(again.n > 1);
+    tokens_free(&eot), tokens_free(&again), tokenizer_close(&t);
+}
+
 // ---- long pieces -----------------------------------------------------------------------------
 
 // the heap and the search give the same ids
@@ -240,26 +279,23 @@ static void test_long_equals_short(void** state) {
 }
 
 // n times the same character: merged in n log n, and split without a limit of PCRE2
-static void expect_long_runs(Tokenizer* t, size_t n) {
-    static const char units[] = { 'a', ' ' };
+static void expect_long_run(Tokenizer* t, char unit, size_t n) {
     char* text = allocate(n, 1);
-    for (size_t i = 0; i < sizeof units; i++) {
-        memset(text, units[i], n);
-        if (i == 1) text[n - 1] = 'x'; // white space that is looked at twice
-        clock_t start = clock();
-        Tokens ids = encode(t, text, n, false);
-        double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
-        if (seconds > 10) test_fail("%zu times '%c' took %.1f s", n, units[i], seconds);
-        expect_bytes(t, ids, text, n);
-        tokens_free(&ids);
-    }
-    free(text);
+    memset(text, unit, n);
+    text[n - 1] = 'x'; // white space before it is looked at twice
+    clock_t start = clock();
+    Tokens ids = encode(t, text, n, false);
+    double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
+    if (seconds > 10) test_fail("%zu times '%c' took %.1f s", n, unit, seconds);
+    expect_bytes(t, ids, text, n);
+    tokens_free(&ids), free(text);
 }
 
 static void test_long_runs(void** state) {
     (void)state;
     Tokenizer t = open_tokenizer(GOLDEN "tiny.json");
-    expect_long_runs(&t, 1000 * 1000);
+    expect_long_run(&t, 'e', 1000 * 1000);
+    expect_long_run(&t, '\t', 10 * 1000 * 1000); // nothing merges
     tokenizer_close(&t);
 }
 
@@ -267,10 +303,12 @@ static void test_long_runs_llama3(void** state) {
     (void)state;
     Tokenizer t = open_tokenizer(test_data("llama3/tokenizer.model"));
 #ifdef __SANITIZE_ADDRESS__
-    expect_long_runs(&t, 1000 * 1000);
+    const size_t n = 1000 * 1000;
 #else
-    expect_long_runs(&t, 10 * 1000 * 1000);
+    const size_t n = 10 * 1000 * 1000;
 #endif
+    expect_long_run(&t, 'a', n);
+    expect_long_run(&t, ' ', n);
     tokenizer_close(&t);
 }
 
@@ -470,18 +508,6 @@ static void expect_error(bool ok, const Error* err, const char* what, const char
     if (strchr(err->text, '\n')) test_fail("%s: more than one line: %s", what, err->text);
 }
 
-// text, which a NUL follows, with the first `from` replaced; owned by the caller
-static Text replaced(const Text* text, const char* from, const char* to) {
-    const char* at = strstr(text->data, from);
-    if (!at) test_fail("the golden file has no %s", from);
-    Text out = { 0 };
-    text_add(&out, text->data, (size_t)(at - text->data));
-    text_string(&out, to);
-    at += strlen(from);
-    text_add(&out, at, (size_t)(text->data + text->n - at));
-    return out;
-}
-
 static void test_json_that_lies(void** state) {
     (void)state;
     // replace this, by this, and the error has this
@@ -576,23 +602,28 @@ static Text small_model(const char* const* tokens, int n) {
     return model;
 }
 
-// ranks decide, not length; a whole piece needs no merges
+// ranks decide, not length; a whole piece needs no merges; the merges are written in the order of HuggingFace's converter
 static void test_small_model(void** state) {
     (void)state;
-    static const char* const tokens[] = { "bc", "ab", "abcd", "cd", "unreachable" };
-    Text model = small_model(tokens, 5);
+    static const char* const tokens[] = { "bc", "abc", "ab", "cd", "abcd", "unreachable", "\xe1\xa0\x8e!" };
+    Text model = small_model(tokens, 7);
     Tokenizer t;
     Error err;
     if (!tokenizer_parse_model(&t, model.data, model.n, &err)) test_fail("%s", err.text);
-    assert_int_equal(t.V, 261 + 256);
-    assert_int_equal(t.bos, 261);
-    expect_encoding(&t, "ab", false, IDS(257));
-    expect_encoding(&t, "abc", false, IDS('a', 256));
-    expect_encoding(&t, "abcd", false, IDS(258));
-    expect_encoding(&t, "xabcd", false, IDS('x', 'a', 256, 'd')); // bc merges first and abcd has no way left
-    expect_encoding(&t, "unreachable", false, IDS(260));
-    expect_encoding(&t, " unreach", false, IDS(32, 117, 110, 114, 101, 97, 99, 104));
-    tokenizer_close(&t), text_free(&model);
+    assert_int_equal(t.V, 263 + 256);
+    assert_int_equal(t.bos, 263);
+    expect_encoding(&t, "ab", false, IDS(258));
+    expect_encoding(&t, "xabcd", false, IDS('x', 260));
+    expect_encoding(&t, "bcd", false, IDS(256, 'd'));
+    expect_encoding(&t, "unreachable", false, IDS(261));
+    expect_encoding(&t, " unreach", false, IDS(' ', 'u', 'n', 'r', 'e', 'a', 'c', 'h'));
+    expect_encoding(&t, "\xe1\xa0\x8e!", false, IDS(262)); // U+180E is no white space: one piece
+    write_tokenizer(&t);
+    Text json = read_text(in_scratch("tokenizer.json"));
+    static const char merges[] = "    \"merges\": [\n      \"b c\",\n      \"a bc\",\n      \"ab c\",\n      \"a b\",\n"
+                                 "      \"c d\",\n      \"abc d\",\n      \"ab cd\"\n    ]\n  }\n}";
+    if (!strstr(json.data, merges)) test_fail("other merges: %s", strstr(json.data, "\"merges\""));
+    tokenizer_close(&t), text_free(&model), text_free(&json);
 }
 
 static void test_model_that_lies(void** state) {
@@ -648,27 +679,17 @@ static void test_open_fails(void** state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_golden_tiny),
-        cmocka_unit_test(test_golden_llama3),
-        cmocka_unit_test(test_every_byte),
-        cmocka_unit_test(test_bytes_are_ids),
-        cmocka_unit_test(test_invalid_utf8),
-        cmocka_unit_test(test_no_injection),
-        cmocka_unit_test(test_long_equals_short),
-        cmocka_unit_test(test_long_runs),
-        cmocka_unit_test(test_long_runs_llama3),
-        cmocka_unit_test(test_stream),
-        cmocka_unit_test(test_chat),
-        cmocka_unit_test(test_chat_llama3),
-        cmocka_unit_test(test_write_bytes),
-        cmocka_unit_test(test_write_verbatim),
-        cmocka_unit_test(test_write_llama3),
-        cmocka_unit_test(test_write_fails),
-        cmocka_unit_test(test_config),
-        cmocka_unit_test(test_json_that_lies),
-        cmocka_unit_test(test_small_model),
-        cmocka_unit_test(test_model_that_lies),
-        cmocka_unit_test(test_open_fails),
+        cmocka_unit_test(test_golden_tiny),     cmocka_unit_test(test_golden_llama3),
+        cmocka_unit_test(test_every_byte),      cmocka_unit_test(test_bytes_are_ids),
+        cmocka_unit_test(test_invalid_utf8),    cmocka_unit_test(test_no_injection),
+        cmocka_unit_test(test_added_tokens),    cmocka_unit_test(test_long_equals_short),
+        cmocka_unit_test(test_long_runs),       cmocka_unit_test(test_long_runs_llama3),
+        cmocka_unit_test(test_stream),          cmocka_unit_test(test_chat),
+        cmocka_unit_test(test_chat_llama3),     cmocka_unit_test(test_write_bytes),
+        cmocka_unit_test(test_write_verbatim),  cmocka_unit_test(test_write_llama3),
+        cmocka_unit_test(test_write_fails),     cmocka_unit_test(test_config),
+        cmocka_unit_test(test_json_that_lies),  cmocka_unit_test(test_small_model),
+        cmocka_unit_test(test_model_that_lies), cmocka_unit_test(test_open_fails),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
