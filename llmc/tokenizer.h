@@ -12,8 +12,9 @@ Files           tokenizer.json      HuggingFace's; merges have ranks of their ow
                 tokenizer.model     Meta's: a line "base64(token) rank" for each token. Two tokens merge when their bytes
                                     together are a token, and its id is the rank; 256 special tokens follow
 Invalid UTF-8   the split sees the valid stretches; every byte between them is a token of its own, so that none is lost
-Bound by        the split (PCRE2, compiled to machine code) and one look-up per piece. A piece of more than 64 bytes merges
-                through a heap: n log n, for text may be one long run of the same character
+Bound by        the split (PCRE2, compiled to machine code; plain words need it not) and cache misses: one look-up per piece
+                and several where pairs merge. A piece of more than 64 bytes merges through a heap: n log n, for text may
+                be one long run of the same character
 Proved by       dev/test/test_tokenizer.c, dev/test/fuzz_tokenizer_json.c, fuzz_tokenizer_model.c, fuzz_encode.c, and
                 dev/reference/parity_tokenizer.py beside HuggingFace's tokenizers and OpenAI's tiktoken
 Source          Sennrich, Haddow, Birch 2016, "Neural Machine Translation of Rare Words with Subword Units"
@@ -40,7 +41,8 @@ enum {
     N_RESERVED = 256,  // special tokens behind those of a tokenizer.model
 };
 
-// Llama 3's split, with the white space class spelled as asked. PCRE2's own \s has U+180E, which Unicode took out of it
+// Llama 3's split, with white space spelled as asked: \s in files, Unicode's property for PCRE2, whose own \s is ASCII's
+// or, if told to use Unicode, has U+180E too
 #define LLAMA3_SPLIT(s, S)                                                                                             \
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^" s "\\p{L}\\p{N}]+[\\r\\n]*|" s       \
     "*[\\r\\n]+|" s "+(?!" S ")|" s "+"
@@ -876,18 +878,34 @@ static inline bool tokenizer_encode_piece(Tokenizer* t, Tokens* out, const char*
     return true;
 }
 
-// text is valid UTF-8; the pattern matches at every place of it. Some pieces are split off ahead, so that their slots
-// are on the way from memory when they are looked up
+// The commonest piece, known without the pattern: ASCII letters after a space or none, before what is in ASCII and no
+// letter. Returns its length, 0 when text begins with none
+static inline size_t plain_word(const char* text, size_t n) {
+    size_t start = text[0] == ' ', i = start;
+    while (i < n && ((uint8_t)text[i] | 0x20u) - 'a' < 26) i++;
+    return i > start && (i == n || (uint8_t)text[i] < 0x80) ? i : 0;
+}
+
+// the end of the piece that begins at text + at, by the pattern, which matches everywhere; 0 with a line in err when
+// PCRE2 gives up
+static inline size_t tokenizer_split(Tokenizer* t, const char* text, size_t n, size_t at, Error* err) {
+    int code = pcre2_match(t->split, (PCRE2_SPTR)text, n, at, PCRE2_NO_UTF_CHECK, t->match, t->context);
+    if (code > 0) return pcre2_get_ovector_pointer(t->match)[1];
+    set_error(err, "PCRE2 cannot split the text at byte %zu: its error %d", at, code);
+    return 0;
+}
+
+// text is valid UTF-8. Some pieces are split off ahead, so that their slots are on the way from memory when looked up
 static inline bool tokenizer_encode_valid(Tokenizer* t, Tokens* out, const char* text, size_t n, Error* err) {
     enum { AHEAD = 16 };
-    const size_t* range = pcre2_get_ovector_pointer(t->match);
     size_t ends[AHEAD];
     for (size_t at = 0, start = 0; at < n;) {
         int pieces = 0;
-        for (; pieces < AHEAD && at < n; ends[pieces++] = at = range[1]) {
-            int code = pcre2_match(t->split, (PCRE2_SPTR)text, n, at, PCRE2_NO_UTF_CHECK, t->match, t->context);
-            if (code < 0) return set_error(err, "PCRE2 cannot split the text at byte %zu: its error %d", at, code);
-            if (range[1] - at <= t->longest) __builtin_prefetch(tokenizer_first_slot(t, text + at, range[1] - at));
+        for (; pieces < AHEAD && at < n; ends[pieces++] = at) {
+            size_t word = plain_word(text + at, n - at), end = word ? at + word : tokenizer_split(t, text, n, at, err);
+            if (end == 0) return false;
+            if (end - at <= t->longest) __builtin_prefetch(tokenizer_first_slot(t, text + at, end - at));
+            at = end;
         }
         for (int i = 0; i < pieces; start = ends[i++])
             if (!tokenizer_encode_piece(t, out, text + start, ends[i] - start, err)) return false;

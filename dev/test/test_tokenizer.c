@@ -255,6 +255,31 @@ static void test_added_tokens(void** state) {
     tokens_free(&eot), tokens_free(&again), tokenizer_close(&t);
 }
 
+// where plain words are found without the pattern, the pattern would find the same
+static void test_plain_words(void** state) {
+    (void)state;
+    static const char* const units[] = { " ", "a",  "Zz",       "'s",        "'",        "1",
+                                         ",", "\n", "\xc3\xa9", "e\xcc\x81", "\xc2\xa0", "[" };
+    Tokenizer t = open_tokenizer(GOLDEN "tiny.json");
+    uint32_t random = 1;
+    int words = 0;
+    for (int i = 0; i < 20000; i++) {
+        Text text = { 0 };
+        for (int j = 0; j < 6; j++) {
+            random = random * 1664525u + 1013904223u;
+            text_string(&text, units[(random >> 16) % (sizeof units / sizeof *units)]);
+        }
+        Error err;
+        size_t word = plain_word(text.data, text.n);
+        words += word > 0;
+        if (word && word != tokenizer_split(&t, text.data, text.n, 0, &err))
+            test_fail("%.*s: a word of %zu bytes", (int)text.n, text.data, word);
+        text_free(&text);
+    }
+    assert_true(words > 1000);
+    tokenizer_close(&t);
+}
+
 // ---- long pieces -----------------------------------------------------------------------------
 
 // the heap and the search give the same ids
@@ -605,19 +630,21 @@ static Text small_model(const char* const* tokens, int n) {
 // ranks decide, not length; a whole piece needs no merges; the merges are written in the order of HuggingFace's converter
 static void test_small_model(void** state) {
     (void)state;
-    static const char* const tokens[] = { "bc", "abc", "ab", "cd", "abcd", "unreachable", "\xe1\xa0\x8e!" };
-    Text model = small_model(tokens, 7);
+    static const char* const tokens[] = { "bc",          "abc",           "ab",           "cd", "abcd",
+                                          "unreachable", "\xe1\xa0\x8e!", "\xe2\x80\x83!" };
+    Text model = small_model(tokens, 8);
     Tokenizer t;
     Error err;
     if (!tokenizer_parse_model(&t, model.data, model.n, &err)) test_fail("%s", err.text);
-    assert_int_equal(t.V, 263 + 256);
-    assert_int_equal(t.bos, 263);
+    assert_int_equal(t.V, 264 + 256);
+    assert_int_equal(t.bos, 264);
     expect_encoding(&t, "ab", false, IDS(258));
     expect_encoding(&t, "xabcd", false, IDS('x', 260));
     expect_encoding(&t, "bcd", false, IDS(256, 'd'));
     expect_encoding(&t, "unreachable", false, IDS(261));
     expect_encoding(&t, " unreach", false, IDS(' ', 'u', 'n', 'r', 'e', 'a', 'c', 'h'));
-    expect_encoding(&t, "\xe1\xa0\x8e!", false, IDS(262)); // U+180E is no white space: one piece
+    expect_encoding(&t, "\xe1\xa0\x8e!", false, IDS(262));                   // U+180E is no white space: one piece
+    expect_encoding(&t, "\xe2\x80\x83!", false, IDS(0xe2, 0x80, 0x83, '!')); // U+2003 is: two
     write_tokenizer(&t);
     Text json = read_text(in_scratch("tokenizer.json"));
     static const char merges[] = "    \"merges\": [\n      \"b c\",\n      \"a bc\",\n      \"ab c\",\n      \"a b\",\n"
@@ -678,18 +705,32 @@ static void test_open_fails(void** state) {
 }
 
 int main(void) {
+    // clang-format off
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_golden_tiny),     cmocka_unit_test(test_golden_llama3),
-        cmocka_unit_test(test_every_byte),      cmocka_unit_test(test_bytes_are_ids),
-        cmocka_unit_test(test_invalid_utf8),    cmocka_unit_test(test_no_injection),
-        cmocka_unit_test(test_added_tokens),    cmocka_unit_test(test_long_equals_short),
-        cmocka_unit_test(test_long_runs),       cmocka_unit_test(test_long_runs_llama3),
-        cmocka_unit_test(test_stream),          cmocka_unit_test(test_chat),
-        cmocka_unit_test(test_chat_llama3),     cmocka_unit_test(test_write_bytes),
-        cmocka_unit_test(test_write_verbatim),  cmocka_unit_test(test_write_llama3),
-        cmocka_unit_test(test_write_fails),     cmocka_unit_test(test_config),
-        cmocka_unit_test(test_json_that_lies),  cmocka_unit_test(test_small_model),
-        cmocka_unit_test(test_model_that_lies), cmocka_unit_test(test_open_fails),
+        cmocka_unit_test(test_golden_tiny),
+        cmocka_unit_test(test_golden_llama3),
+        cmocka_unit_test(test_every_byte),
+        cmocka_unit_test(test_bytes_are_ids),
+        cmocka_unit_test(test_invalid_utf8),
+        cmocka_unit_test(test_no_injection),
+        cmocka_unit_test(test_added_tokens),
+        cmocka_unit_test(test_plain_words),
+        cmocka_unit_test(test_long_equals_short),
+        cmocka_unit_test(test_long_runs),
+        cmocka_unit_test(test_long_runs_llama3),
+        cmocka_unit_test(test_stream),
+        cmocka_unit_test(test_chat),
+        cmocka_unit_test(test_chat_llama3),
+        cmocka_unit_test(test_write_bytes),
+        cmocka_unit_test(test_write_verbatim),
+        cmocka_unit_test(test_write_llama3),
+        cmocka_unit_test(test_write_fails),
+        cmocka_unit_test(test_config),
+        cmocka_unit_test(test_json_that_lies),
+        cmocka_unit_test(test_small_model),
+        cmocka_unit_test(test_model_that_lies),
+        cmocka_unit_test(test_open_fails),
     };
+    // clang-format on
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
