@@ -142,8 +142,12 @@ static inline int command_run(Run* r, const Command* command, const Corpus* corp
     case DETOKENIZE: command_detokenize(r); break;
     case INFO: command_info(r); break;
     }
-    if (fflush(stdout) != 0) die("cannot write the output: %s", strerror(errno));
     return status;
+}
+
+// what was printed is out, or an error
+static inline void flush_output(void) {
+    if (fflush(stdout) != 0) die("cannot write the output: %s", strerror(errno));
 }
 
 // the whole of main; returns the exit status
@@ -152,10 +156,12 @@ static inline int commands_main(const char* program, const char* version, const 
     const char* word = argc > 1 ? argv[1] : NULL;
     if (!word || is_word(word, "--help", "-h") || is_word(word, "help", "help")) {
         commands_help(program);
+        flush_output();
         return 0;
     }
     if (is_word(word, "--version", "-v")) {
         printf("%s %s\n", program, version);
+        flush_output();
         return 0;
     }
     const Command* command = command_find(word);
@@ -164,6 +170,7 @@ static inline int commands_main(const char* program, const char* version, const 
     for (int i = 2; i < argc; i++)
         if (is_word(argv[i], "--help", "-h")) {
             options_help(program, command);
+            flush_output();
             return 0;
         }
     Run* r = (Run*)allocate(1, sizeof *r);
@@ -171,6 +178,7 @@ static inline int commands_main(const char* program, const char* version, const 
     r->o = options_default();
     must(options_parse(&r->o, command, argc - 2, argv + 2, &err), &err);
     int status = command_run(r, command, corpus);
+    flush_output();
     run_free(r);
     free(r);
     return status;

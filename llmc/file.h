@@ -71,7 +71,7 @@ static inline bool make_folders(const char* path, Error* err) {
         *p = 0;
         int code = mkdir(partial, 0777) == 0 ? 0 : errno;
         if (code != 0 && !is_folder(partial))
-            return set_error(err, "cannot make the folder %s: %s", partial, strerror(code));
+            return set_error(err, "cannot make the folder %s: %s", partial, code == EEXIST ? "there is a file of that name" : strerror(code));
         if (kept == 0) return true;
         *p = kept;
     }
@@ -87,7 +87,7 @@ static inline bool read_file(const char* path, char** text, size_t* n, size_t li
     if (fd < 0 || fstat(fd, &s) != 0) {
         int code = errno;
         if (fd >= 0) close(fd);
-        return set_error(err, "cannot read %s: %s", path, strerror(code));
+        return set_error(err, "cannot read %s: %s", path, code == EEXIST ? "there is a file of that name" : strerror(code));
     }
     size_t size = 0, capacity = 1 << 16;
     if (S_ISREG(s.st_mode) && s.st_size >= 0 && (uint64_t)s.st_size < limit) capacity = (size_t)s.st_size + 2;
@@ -102,7 +102,7 @@ static inline bool read_file(const char* path, char** text, size_t* n, size_t li
     close(fd);
     if (got != 0) {
         free(bytes);
-        if (got < 0) return set_error(err, "cannot read %s: %s", path, strerror(code));
+        if (got < 0) return set_error(err, "cannot read %s: %s", path, code == EEXIST ? "there is a file of that name" : strerror(code));
         return set_error(err, "%s: too large, at most %zu bytes expected", path, limit);
     }
     bytes[size] = 0;
@@ -127,7 +127,7 @@ static inline bool map_file(Map* map, const char* path, Error* err) {
     int code = errno;
     close(fd);
     if (!regular) return set_error(err, "cannot read %s: not a regular file", path);
-    if (data == MAP_FAILED) return set_error(err, "cannot map %s: %s", path, strerror(code));
+    if (data == MAP_FAILED) return set_error(err, "cannot map %s: %s", path, code == EEXIST ? "there is a file of that name" : strerror(code));
     map->data = (const uint8_t*)data, map->size = (size_t)s.st_size;
     return true;
 }
@@ -155,7 +155,7 @@ static inline void writer_abandon(Writer* w) {
 static inline bool writer_fail(Writer* w, Error* err) {
     int code = errno;
     writer_abandon(w);
-    return set_error(err, "cannot write %s: %s", w->path, strerror(code));
+    return set_error(err, "cannot write %s: %s", w->path, code == EEXIST ? "there is a file of that name" : strerror(code));
 }
 
 static inline bool writer_open(Writer* w, const char* path, Error* err) {

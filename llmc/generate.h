@@ -124,6 +124,7 @@ static inline Tokens read_prompt(Run* r) {
     Tokens ids = { NULL, 0, 0 };
     char* text = NULL;
     size_t n = r->o.prompt ? strlen(r->o.prompt) : 0;
+    if (!!r->o.prompt + !!r->o.prompt_file + !!r->o.ids > 1) die("--prompt, --prompt-file and --ids: one of them at a time");
     if (r->o.ids) {
         parse_ids(&ids, r->o.ids, r->c.V);
     } else {
@@ -162,8 +163,14 @@ static inline void command_generate(Run* r) {
     generation_free(&g);
 }
 
-static inline void command_chat(Run* r) {
+// the user's turn and the beginning of the answer, behind what was said so far
+static inline void chat_turn(Generation* g, const char* line, size_t n) {
     Error err;
+    if (!g->ids.n && g->t->bos >= 0) tokens_push(&g->ids, g->t->bos);
+    must(tokenizer_chat_message(g->t, &g->ids, "user", line, n, &err) && tokenizer_chat_header(g->t, &g->ids, "assistant", &err), &err);
+}
+
+static inline void command_chat(Run* r) {
     char* line = NULL;
     size_t size = 0;
     ssize_t n;
@@ -173,19 +180,20 @@ static inline void command_chat(Run* r) {
     int32_t turn = tokenizer_special(t, "<|eot_id|>");
     int capacity = r->c.context < 8192 ? r->c.context : 8192;
     Generation g = generation_make(r->m, t, capacity, &r->o);
+    if (turn >= 0 && !is_end(&g.c, turn) && g.c.n_eos < MAX_EOS) g.c.eos[g.c.n_eos++] = turn; // an answer ends with its turn
     while ((terminal ? fputs("> ", stderr) : 0, n = getline(&line, &size, stdin)) >= 0) {
         if (n && line[n - 1] == '\n') n--;
         if (!n) continue;
-        if (!g.ids.n && t->bos >= 0) tokens_push(&g.ids, t->bos);
-        must(tokenizer_chat_message(t, &g.ids, "user", line, (size_t)n, &err) && tokenizer_chat_header(t, &g.ids, "assistant", &err), &err);
-        if ((int)g.ids.n >= capacity) {
-            fprintf(stderr, "the conversation has filled %d tokens; a new one begins\n", capacity);
+        chat_turn(&g, line, (size_t)n);
+        if ((int)g.ids.n >= capacity) { // forget what was said before
+            fprintf(stderr, "the conversation is longer than %d tokens; a new one begins\n", capacity);
             g.ids.n = 0;
             sequence_clear(g.s);
-            continue;
+            chat_turn(&g, line, (size_t)n);
         }
+        if ((int)g.ids.n >= capacity) die("a message of %zu tokens, but there is room for %d", g.ids.n, capacity);
         if (!generate_text(&g, r->o.tokens, stdout)) die_not_finite(r, "the logits are");
-        if (!is_end(&r->c, g.ids.ids[g.ids.n - 1])) tokens_push(&g.ids, turn);
+        if (!is_end(&g.c, g.ids.ids[g.ids.n - 1])) tokens_push(&g.ids, turn);
         printf("\n");
         fflush(stdout);
     }

@@ -86,8 +86,8 @@ static const Option option_table[] = {
     { "model",           OPTION_TEXT,   FIELD(model),            TRAIN|GENERATE|CHAT|EVAL|INFO, 0, 0, "DIR",  "model folder, a run's folder (its newest step), or for train and info a preset" },
     { "data",            OPTION_TEXT,   FIELD(data),             TRAIN|EVAL|TOKENIZE,      0, 0,      "PATH", "text, .jsonl of documents or chats, or .bin token files; a quoted glob takes several" },
     { "val",             OPTION_TEXT,   FIELD(val),              TRAIN,                    0, 0,      "PATH", "validation data (without it, the last 5% of --data)" },
-    { "tokenizer",       OPTION_TEXT,   FIELD(tokenizer),        TRAIN|GENERATE|CHAT|EVAL|TOKENIZE|DETOKENIZE, 0, 0, "PATH", "tokenizer.json, tokenizer.model or their folder (without it, the model's, else bytes)" },
-    { "out",             OPTION_TEXT,   FIELD(out),              TRAIN|TOKENIZE,           0, 0,      "PATH", "train: folder of the run; tokenize: the .bin file to write" },
+    { "tokenizer",       OPTION_TEXT,   FIELD(tokenizer),        TRAIN|GENERATE|CHAT|EVAL|TOKENIZE|DETOKENIZE, 0, 0, "PATH", "tokenizer.json, tokenizer.model or their folder (default: the model folder's; bytes for a preset)" },
+    { "out",             OPTION_TEXT,   FIELD(out),              TRAIN|TOKENIZE,           0, 0,      "PATH", "where the result goes: a run's folder, or the .bin file of tokenize" },
     { "resume",          OPTION_FLAG,   FIELD(resume),           TRAIN,                    0, 0,      "",     "go on from the newest step in --out, with its options" },
     { "batch",           OPTION_WHOLE,  FIELD(batch),            TRAIN|EVAL,               1, 65536,  "B",    "sequences computed at a time" },
     { "seq",             OPTION_WHOLE,  FIELD(seq),              TRAIN|EVAL,               0, 1<<24,  "T",    "tokens of a sequence (0: 256, or the model's context when that is shorter)" },
@@ -98,8 +98,8 @@ static const Option option_table[] = {
     { "schedule",        OPTION_CHOICE, FIELD(schedule),         TRAIN,                    0, 0,      "cosine|linear|constant|wsd", "learning rate after the warm-up" },
     { "lr-final",        OPTION_REAL,   FIELD(lr_final),         TRAIN,                    0, 1,      "FRACTION", "of the learning rate, reached at the last step" },
     { "weight-decay",    OPTION_REAL,   FIELD(weight_decay),     TRAIN,                    0, 1e3,    "X",    "decoupled, on matrices only" },
-    { "beta1",           OPTION_REAL,   FIELD(beta1),            TRAIN,                    0, 1,      "X",    "AdamW's first decay" },
-    { "beta2",           OPTION_REAL,   FIELD(beta2),            TRAIN,                    0, 1,      "X",    "AdamW's second decay" },
+    { "beta1",           OPTION_REAL,   FIELD(beta1),            TRAIN,                    0, 0.999999,"X",   "AdamW's first decay" },
+    { "beta2",           OPTION_REAL,   FIELD(beta2),            TRAIN,                    0, 0.999999,"X",   "AdamW's second decay" },
     { "clip",            OPTION_REAL,   FIELD(clip),             TRAIN,                    0, 1e30,   "X",    "largest gradient norm (0: no clipping)" },
     { "dtype",           OPTION_CHOICE, FIELD(dtype),            TRAIN,                    0, 0,      "F32|BF16", "type of the saved weights" },
     { "eval-every",      OPTION_WHOLE,  FIELD(eval_every),       TRAIN,                    0, 1e12,   "N",    "steps between validations (0: none)" },
@@ -175,7 +175,7 @@ static inline bool option_set(Options* o, const Option* row, const char* value, 
         *(const char**)field = value;
     } else {
         double x = strtod(value, &end);
-        if (end == value || *end || !isfinite(x))
+        if (end == value || *end || !isfinite(x) || strpbrk(value, "xX"))
             return set_error(err, "--%s %s: expected a number", row->name, value);
         if (row->type == OPTION_WHOLE && x != floor(x))
             return set_error(err, "--%s %s: expected a whole number", row->name, value);

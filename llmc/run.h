@@ -29,14 +29,17 @@ static inline void must(bool ok, const Error* err) {
 // finds out which folder --model means
 static inline void find_folder(Run* r) {
     Error err;
+    Config preset;
     if (!r->o.model) die("--model is needed: a model folder, or the folder of a run");
+    if (config_preset(&preset, r->o.model) && !is_folder(r->o.model))
+        die("%s is a preset, which has no weights before %s train --model %s", r->o.model, r->program, r->o.model);
     must(checkpoint_resolve(r->o.model, r->folder, sizeof r->folder, &err), &err);
 }
 
-// opens --tokenizer, or the one in the model's folder
+// opens --tokenizer, or the one in the model's folder; a resumed run's folder has its own
 static inline void find_tokenizer(Run* r) {
     Error err;
-    const char* path = r->o.tokenizer;
+    const char* path = r->o.resume && !option_given(&r->o, "tokenizer") ? NULL : r->o.tokenizer;
     if (!path && (folder_has(r->folder, "tokenizer.json") || folder_has(r->folder, "tokenizer.model"))) path = r->folder;
     r->has_tokenizer = path != NULL;
     if (path) must(tokenizer_open(&r->t, path, &err), &err);

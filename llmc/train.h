@@ -32,6 +32,8 @@ typedef struct {
     int64_t tokens;           // of the training data of the run that is resumed
     uint64_t position;        // sequences drawn from the training data so far
     double best;              // lowest validation loss
+    cJSON* state;             // of the run that is resumed: options point into it
+    double start, show;       // seconds: when the loop began; after how many of them the next step is shown
     Log log;
 } Training;
 
@@ -86,8 +88,7 @@ static inline bool state_number(const cJSON* root, const char* name, const char*
            set_error(err, "%s: %s is expected to be a whole number", path, name);
 }
 
-// the newest checkpoint in --out: its options, step and place in the data. The options point into its JSON tree, which
-// therefore stays
+// the newest checkpoint in --out: its options, step and place in the data. The options point into its JSON tree
 static inline void load_state(Training* t) {
     Error err;
     Run* r = t->run;
@@ -96,7 +97,7 @@ static inline void load_state(Training* t) {
     int64_t position = 0;
     must(checkpoint_latest(r->o.out, r->folder, sizeof r->folder, &t->step, &err), &err);
     must(path_join(path, r->folder, "state.json", &err) && read_file(path, &text, &n, 1 << 20, &err), &err);
-    cJSON* root = json_parse(text, n, &err);
+    cJSON* root = t->state = json_parse(text, n, &err);
     free(text);
     if (!root) die("%s: %s", path, err.text);
     must(state_number(root, "step", path, &t->step, &err) && state_number(root, "position", path, &position, &err) &&
@@ -170,6 +171,7 @@ static inline void start_memory(Training* t) {
 static inline void start_output(Training* t) {
     Error err;
     const Options* o = &t->run->o;
+    if (!*o->out) die("--out: expected the name of a folder");
     if (o->resume) snprintf(t->out, sizeof t->out, "%s", o->out);
     else must(output_folder(o->out, t->out, sizeof t->out, &err), &err);
     must(make_folders(t->out, &err), &err);
@@ -182,9 +184,9 @@ static inline void print_banner(const Training* t) {
     fprintf(stderr, "model      %s: %.2f M parameters, C %d, L %d, NH %d, NKV %d, HD %d, F %d, V %d\n", o->model,
             params_count(c).total * 1e-6, c->C, c->L, c->NH, c->NKV, c->HD, c->F, c->V);
     if (o->steps > 0)
-        fprintf(stderr, "data       %s: %.2f M tokens to train on, %.2f M to validate\n",
-                o->data ? o->data : "the project's own sources", (double)data_tokens(&t->train) * 1e-6,
-                (double)data_tokens(&t->val) * 1e-6);
+        fprintf(stderr, "data       %s: %llu tokens to train on, %llu to validate\n",
+                o->data ? o->data : "the project's own sources", (unsigned long long)data_tokens(&t->train),
+                (unsigned long long)data_tokens(&t->val));
     fprintf(stderr, "step       %lld sequences of %d tokens, %d at a time; AdamW, learning rate %.3g, %s\n",
             (long long)t->rows, t->T, t->B, o->lr, o->schedule);
     fprintf(stderr, "output     %s\n", t->out);
@@ -217,14 +219,15 @@ static inline StepResult train_step(Training* t) {
     return result;
 }
 
-// the terminal sees a step at most every half second, the log every one
-static inline void report_step(Training* t, StepResult s, bool last, double* shown) {
+// the log has every step, the terminal at most one in half a second, and fewer the longer the run
+static inline void report_step(Training* t, StepResult s, bool last) {
     Error err;
     double tokens_s = (double)(t->rows * t->T) / s.ms * 1e3;
-    must(log_line(&t->log, &err, "{\"step\":%lld,\"train_loss\":%.6f,\"grad_norm\":%.6g,\"lr\":%.6g,\"ms\":%.3f,\"tok_s\":%.0f}",
+    must(log_line(&t->log, &err, "{\"step\":%lld,\"train_loss\":%.9g,\"grad_norm\":%.6g,\"lr\":%.6g,\"ms\":%.3f,\"tok_s\":%.0f}",
                   (long long)t->step, s.loss, s.norm, s.lr, s.ms, tokens_s), &err);
-    if (!last && now() - *shown < 0.5) return;
-    *shown = now();
+    double elapsed = now() - t->start;
+    if (!last && elapsed < t->show) return;
+    t->show = elapsed + (elapsed < 30 ? 0.5 : elapsed < 1800 ? elapsed / 60 : 30);
     fprintf(stderr, "step %6lld/%lld  loss %.4f  norm %.3f  lr %.2e  %.1f ms  %.0f tok/s  %s left\n", (long long)t->step,
             (long long)t->run->o.steps, s.loss, s.norm, s.lr, s.ms, tokens_s,
             duration((double)(t->run->o.steps - t->step) * s.ms * 1e-3));
@@ -239,7 +242,7 @@ static inline void validate(Training* t) {
     if (!predictions) return;
     if (loss < t->best) t->best = loss;
     fprintf(stderr, "step %6lld  validation loss %.4f   best %.4f\n", (long long)t->step, loss, t->best);
-    must(log_line(&t->log, &err, "{\"step\":%lld,\"val_loss\":%.6f}", (long long)t->step, loss), &err);
+    must(log_line(&t->log, &err, "{\"step\":%lld,\"val_loss\":%.9g}", (long long)t->step, loss), &err);
 }
 
 // a text from its beginning, with random numbers of its own
@@ -259,13 +262,13 @@ static inline void sample_text(Training* t) {
 
 static inline void train_loop(Training* t) {
     const Options* o = &t->run->o;
-    double shown = 0;
+    t->start = now();
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     while (t->step < o->steps && !interrupted) {
         StepResult result = train_step(t);
         bool last = t->step == o->steps;
-        report_step(t, result, last || interrupted, &shown);
+        report_step(t, result, last || interrupted);
         if (o->eval_every && (last || t->step % o->eval_every == 0)) validate(t);
         if (o->sample_every && t->run->has_tokenizer && (last || t->step % o->sample_every == 0)) sample_text(t);
         if (o->checkpoint_every && t->step % o->checkpoint_every == 0) checkpoint(t);
@@ -302,6 +305,7 @@ static inline int command_train(Run* r, const Corpus* corpus) {
     log_close(&t->log);
     data_close(&t->val), data_close(&t->train);
     batch_free(&t->step_batch), batch_free(&t->val_batch);
+    cJSON_Delete(t->state);
     free(t);
     return interrupted ? 128 + interrupted : 0;
 }
