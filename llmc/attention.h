@@ -17,11 +17,12 @@ Tiles           a task of the forward pass is one sequence, one kv head, 32 quer
                 transposed once for all heads of the group, so that every product is rows += number * row: contiguous
                 vectors, no sum across lanes
 Shapes          out dout (B, T, NH*HD)    lse (B, NH, T)    q, k, v: rows of any stride, heads side by side
-Numerics        fp32. Each task owns what it writes and sums in a fixed order: same bits for any number of threads
+Numerics        fp32. Each task owns what it writes and sums in a fixed order: same bits for any number of threads.
+                A NaN in v also reaches earlier queries of the same tile, which multiply it by 0
 Bound by        FLOPs in training: 2 * NH*HD * T^2 a sequence forward (half of the 4 * NH*HD * T^2 of the full square) and
                 2.5 times that backward; memory in generation: 2 * NKV*HD numbers per key and token
 Proved by       dev/test/test_ops.c (finite differences; against a plain T x T softmax; against repeat_kv; with a cache),
-                test_ops_float.c (same bits for any threads; one huge score)
+                test_ops_float.c (same bits for any threads; one huge score; NaN)
 Source          Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022,
                 "FlashAttention"
 */

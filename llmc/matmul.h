@@ -287,7 +287,7 @@ static inline void matmul_product(float* y, size_t ldy, bool add, MatmulFactor a
     const int across = matmul_ceil(threads, down), cols_step = matmul_up(matmul_ceil(width, across), MATMUL_COLS);
     float *packed_b = matmul_scratch(threads), *packed_a = packed_b + MATMUL_PACKED_B;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
     for (int n0 = 0; n0 < N; n0 += width)
         for (int k0 = 0; k0 < K; k0 += phase) {
             const int cols = matmul_min(width, N - n0), k1 = matmul_min(k0 + phase, K);
@@ -367,7 +367,7 @@ static inline void matmul_few(float* y, size_t ldy, const float* x, Tensor w, in
     const int run = matmul_up(1 + 65536 / (int)(C * matmul_bytes(w.dtype)), 4);
     const int threads = matmul_threads((double)N * C * OC);
     (void)threads;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int o = 0; o < OC; o += run) {
         const char* weights = (const char*)w.data;
         const int end = matmul_min(o + run, OC);

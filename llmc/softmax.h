@@ -8,8 +8,8 @@ Proved by       dev/test/test_ops.c and test_ops_float.c, through both users
 
 #include "exp.h"
 
-// the largest of max and the n numbers of x. Sixteen maxima side by side: a loop that every compiler vectorises, which it does
-// not a plain maximum, whose result for NaN depends on the order
+// the largest of max and the n numbers of x. Sixteen maxima side by side, a loop that every compiler vectorises; a plain
+// maximum is not, since its result for NaN would depend on the order
 static inline float softmax_max(const float* x, int n, float max) {
     enum { LANES = 16 };
     float most[LANES];
