@@ -93,7 +93,7 @@ build/venv/ready: dev/reference/requirements.txt
 	build/venv/bin/pip install -q -r $<
 	@touch $@
 
-test-parity: build/venv/ready llama3 build/libllama3_cpu.so build/tokenize_lines
+test-parity: build/venv/ready llama3 build/libllama3_cpu.so
 	build/venv/bin/python dev/reference/parity.py
 
 ## fuzz: libFuzzer targets (clang) under ASan and UBSan, in build/fuzz
