@@ -3,35 +3,40 @@ One block of memory for many arrays, laid out by code that runs twice: with no b
 allocated, and the same code places the arrays.
 
     Arena arena = { 0 };
-    layout(&arena, …);                  // every arena_floats() returns NULL; arena.used is the size needed
-    arena_allocate(&arena);
+    layout(&arena, …);                  // every arena_take() returns NULL; arena.used is the size needed
+    arena_allocate(&arena);             // or arena.block = a block of that size on the GPU, and arena.used = 0
     layout(&arena, …);                  // now they point into the block
     arena_free(&arena);
 
-Arrays are 64-byte aligned, zero at first, and live as long as the arena.
+Arrays are 256-byte aligned, zero at first, and live as long as the arena.
 */
 #pragma once
 
 #include "error.h"
 
 typedef struct {
-    char* block;   // NULL while counting; 64-byte aligned, inside memory
+    char* block;   // NULL while counting; aligned, inside memory
     void* memory;
     size_t used;   // bytes
 } Arena;
 
-static inline float* arena_floats(Arena* a, size_t n) {
-    a->used = (a->used + 63) & ~(size_t)63;
-    float* p = a->block ? (float*)(void*)(a->block + a->used) : NULL;
-    require(n <= (SIZE_MAX - a->used) / sizeof(float), "arena sizes are bounded before they are asked for");
-    a->used += n * sizeof(float);
+enum { ARENA_ALIGN = 256 };
+
+// n things of size bytes
+static inline void* arena_take(Arena* a, size_t n, size_t size) {
+    a->used = (a->used + ARENA_ALIGN - 1) & ~(size_t)(ARENA_ALIGN - 1);
+    void* p = a->block ? a->block + a->used : NULL;
+    require(n <= (SIZE_MAX - a->used) / size, "arena sizes are bounded before they are asked for");
+    a->used += n * size;
     return p;
 }
 
+static inline float* arena_floats(Arena* a, size_t n) { return (float*)arena_take(a, n, sizeof(float)); }
+
 // pages that nobody writes to take no memory: calloc maps large blocks lazily
 static inline void arena_allocate(Arena* a) {
-    a->memory = allocate(a->used + 64, 1);
-    a->block = (char*)a->memory + (64 - (uintptr_t)a->memory % 64) % 64;
+    a->memory = allocate(a->used + ARENA_ALIGN, 1);
+    a->block = (char*)a->memory + (ARENA_ALIGN - (uintptr_t)a->memory % ARENA_ALIGN) % ARENA_ALIGN;
     a->used = 0;
 }
 

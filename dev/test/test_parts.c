@@ -51,12 +51,12 @@ static void test_arena(void** state) {
     layout(&x, &arena);
     assert_null(x.a);
     assert_null(x.c);
-    assert_int_equal(arena.used, 64 + 400);
+    assert_int_equal(arena.used, 256 + 400);
     arena_allocate(&arena);
     layout(&x, &arena);
-    assert_int_equal((uintptr_t)x.a % 64, 0);
-    assert_int_equal((uintptr_t)x.c % 64, 0);
-    assert_int_equal(x.c - x.a, 16);
+    assert_int_equal((uintptr_t)x.a % 256, 0);
+    assert_int_equal((uintptr_t)x.c % 256, 0);
+    assert_int_equal(x.c - x.a, 64);
     for (int i = 0; i < 100; i++) assert_true(x.c[i] == 0);
     arena_free(&arena);
 }
