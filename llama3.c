@@ -481,7 +481,17 @@ double model_sequence_bytes(const Config* c, int capacity) {
 EMBED(corpus_train, "build/corpus/train.txt");
 EMBED(corpus_val, "build/corpus/val.txt");
 
+// A thread of OpenMP that waits for the others spins, by default for milliseconds. On a machine that others use too it keeps
+// the very thread it waits for from running: beside one busy process training was 8 times slower. libgomp reads its
+// environment before main, hence the second start; where that fails, the program goes on as it is
+static void wait_briefly(char** argv) {
+    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
+    setenv("GOMP_SPINCOUNT", "1000", 1);
+    execv("/proc/self/exe", argv);
+}
+
 int main(int argc, char** argv) {
+    wait_briefly(argv);
     const Corpus corpus = { corpus_train, corpus_train_end, corpus_val, corpus_val_end };
     return commands_main("llama3", VERSION, &corpus, argc, argv);
 }
