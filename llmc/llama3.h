@@ -215,6 +215,36 @@ float cpu_update(CpuModel* m, float lr, float beta1, float beta2, float eps, flo
 // fills ids[n_prompt .. n_total) with the likeliest tokens, through the key/value cache
 void cpu_generate_greedy(CpuModel* m, int32_t* ids, int n_prompt, int n_total);
 
+// ---- train_llama3.cu as a library ------------------------------------------------------------
+// The same of train_llama3.cu, for test_llama3.cu. Numbers go in and out as floats, whatever the GPU stores
+
+typedef struct GpuModel GpuModel;
+
+// an option as on the command line, for the models loaded afterwards: "attention" "flash", "recompute" "norms", "moments"
+// "bf16"; false when this build or this GPU cannot do that
+bool gpu_set(const char* option, const char* value);
+
+GpuModel* gpu_model_load(const char* folder);
+GpuModel* gpu_model_resume(const char* folder, int64_t updates); // as gpu_save left it, after that many updates
+void gpu_save(GpuModel* m, const char* folder);                  // weights and optimizer, into a folder that exists
+void gpu_model_free(GpuModel* m);
+const Config* gpu_model_config(const GpuModel* m);
+const char* gpu_attention(const GpuModel* m);                    // the back end that runs: another than the one that was set
+                                                                 // when that does not take the model's sizes
+
+float gpu_forward(GpuModel* m, const int32_t* ids, const int32_t* labels, int B, int T, float* logits);
+float gpu_backward(GpuModel* m, const int32_t* ids, const int32_t* labels, int B, int T);
+
+// adds the gradient of scale * (the sum of the losses), and returns the sum
+double gpu_accumulate(GpuModel* m, const int32_t* ids, const int32_t* labels, int B, int T, float scale);
+
+// copies, valid until the next call: the weights as the passes read them
+const float* gpu_parameter(GpuModel* m, const char* name, size_t* n);
+const float* gpu_gradient(GpuModel* m, const char* name, size_t* n);
+
+float gpu_update(GpuModel* m, float lr, float beta1, float beta2, float eps, float weight_decay, float clip);
+void gpu_generate_greedy(GpuModel* m, int32_t* ids, int n_prompt, int n_total);
+
 #ifdef __cplusplus
 }
 #endif
