@@ -5,7 +5,8 @@ Matrix product: nearly all the time of training and of generation is spent here.
     backward    dx = dy · w              dx[n][c] = sum over o of dy[n][o] * w[o][c]
                 dw = dy^T · x            dw[o][c] = sum over n of dy[n][o] * x[n][c]
 
-Shapes          x dx (N, C)    w dw (OC, C)    y dy (N, OC)    N = B*T rows; w is F32, BF16 or F16 at any byte address
+Shapes          x dx (N, C)    w dw (OC, C)    y dy (N, OC)    N = B*T rows; all sizes at least 1
+                w is F32, BF16 or F16 at any byte address
 Numerics        sums in fp32 whatever the storage of w. The order of a sum depends on the shapes alone, so that the bits are
                 the same for any number of threads. NaN and infinity reach every output that they belong to
 Bound by        many rows: FLOPs, 2*N*C*OC for each of the three products
@@ -15,11 +16,12 @@ Many rows. All three are one product y (M, N) = a (M, K) · b (K, N); they diffe
 and packing hides that. Each number of a is used N times, each of b M times, so the art is to have them near:
 
     registers   a tile of y, 8 x 48 with AVX-512: 24 vectors of sums, which leave 8 of the 32 registers for 3 vectors of b and
-                a number of a. 11 loads feed 24 multiply-adds; sums wait for no other sum
-    L1, L2      a block of a, 192 x 384 (288 KiB), packed by the thread that uses it, meets one strip of b, 384 x 48, after
-                another. Packed means: in the order in which the tile reads, so that it streams and no stride hurts
-    L3          384 x 3072 numbers of b (4.5 MiB), packed by all threads together: a phase. Two barriers each
-    threads     take blocks of rows as they get free; where rows are few, the columns are shared out too
+                a number of a. 11 loads feed 24 multiply-adds, none of which waits for another
+    L1, L2      strips of 8 rows or 48 columns, 384 deep, packed in the order in which the tile reads them: whatever the
+                strides were, it streams. A thread packs a block of 192 rows or columns for itself (288 KiB)
+    L3          of the smaller factor, up to 384 x 3072 numbers (4.5 MiB) are packed by all threads together and used by all.
+                That is a phase; the smaller the shared factor, the fewer times threads wait for each other
+    threads     take blocks of the larger factor as they get free
 
 Few rows. Packing would cost more than it gains: rows of w are read once, in order, with prefetch, converted in registers
 and multiplied with all rows of x; threads take runs of outputs.
@@ -59,12 +61,14 @@ enum { MATMUL_BYTES = 16, MATMUL_ROWS = 4, MATMUL_VECTORS = 2 };
 enum {
     MATMUL_LANES = MATMUL_BYTES / sizeof(float),
     MATMUL_COLS = MATMUL_VECTORS * MATMUL_LANES, // a tile is MATMUL_ROWS x MATMUL_COLS
-    MATMUL_M = 192,                              // rows of a block of a, at most
-    MATMUL_K = 384,                              // depth of a block, at most
-    MATMUL_PACKED_A = MATMUL_M * MATMUL_K,       // numbers of a block of a
-    MATMUL_PACKED_B = 3072 * MATMUL_K,           // numbers of b in one phase
+    MATMUL_CHUNK = 48,                           // indices: whole strips of either kind, whatever the tile
+    MATMUL_DEPTH = 384,                          // of a strip, at most
+    MATMUL_BLOCK = 192,                          // indices of a thread's own block, at most
+    MATMUL_OWN = MATMUL_BLOCK * MATMUL_DEPTH,    // numbers of it
+    MATMUL_SHARED = 3072 * MATMUL_DEPTH,         // numbers of the shared factor in one phase
     MATMUL_FEW = 8,                              // rows, up to which weights are not packed
-    MATMUL_ALONE = 64 * 64 * 64,                 // multiply-adds, up to which waking threads costs more than it gains
+    MATMUL_ALONE = 1 << 20,                      // multiply-adds, up to which waking threads costs more than it gains
+    MATMUL_FEW_ALONE = 1 << 17,                  // the same for few rows, in weights
     MATMUL_AHEAD = 8192,                         // bytes, prefetch distance beyond the next group of rows
 };
 // clang-format on
@@ -76,11 +80,11 @@ static inline int matmul_min(int a, int b) { return a < b ? a : b; }
 static inline int matmul_ceil(int a, int b) { return (a + b - 1) / b; }     // a / b, rounded up
 static inline int matmul_up(int a, int b) { return matmul_ceil(a, b) * b; } // a, rounded up to a multiple of b
 
-static inline int matmul_threads(double multiply_adds) {
+static inline int matmul_threads(double work, double alone) {
 #ifdef _OPENMP
-    if (multiply_adds > MATMUL_ALONE) return omp_get_max_threads();
+    if (work > alone) return omp_get_max_threads();
 #endif
-    (void)multiply_adds;
+    (void)work, (void)alone;
     return 1;
 }
 
@@ -200,15 +204,22 @@ MATMUL_INLINE void matmul_pack_as(float* out, MatmulFactor m, int i0, int count,
                              dtype);
 }
 
-// the numbers (i0 .. i0+count, k0 .. k0+depth) as strips of `width` indices, each strip [depth][width]; the last is filled
-// up with zeros. width is a multiple of 4
-MATMUL_INLINE void matmul_pack(float* out, MatmulFactor m, int i0, int count, int k0, int depth, int width) {
+MATMUL_INLINE void matmul_pack_width(float* out, MatmulFactor m, int i0, int count, int k0, int depth, int width) {
     if (m.dtype == DTYPE_BF16)
         matmul_pack_as(out, m, i0, count, k0, depth, width, DTYPE_BF16);
     else if (m.dtype == DTYPE_F16)
         matmul_pack_as(out, m, i0, count, k0, depth, width, DTYPE_F16);
     else
         matmul_pack_as(out, m, i0, count, k0, depth, width, DTYPE_F32);
+}
+
+// the numbers (i0 .. i0+count, k0 .. k0+depth) as strips of `width` indices, each strip [depth][width]; the last is filled
+// up with zeros. width is MATMUL_ROWS or MATMUL_COLS, multiples of 4
+static inline void matmul_pack(float* out, MatmulFactor m, int i0, int count, int k0, int depth, int width) {
+    if (width == MATMUL_ROWS)
+        matmul_pack_width(out, m, i0, count, k0, depth, MATMUL_ROWS);
+    else
+        matmul_pack_width(out, m, i0, count, k0, depth, MATMUL_COLS);
 }
 
 // ---- tiles -----------------------------------------------------------------------------------
@@ -266,55 +277,65 @@ static inline void matmul_block(float* y, size_t ldy, bool add, const float* a, 
 
 // ---- many rows -------------------------------------------------------------------------------
 
-// room for a phase of b and, behind it, a block of a for each thread. It belongs to the calling thread, which keeps it
+// room for a phase of the shared factor and, behind it, a block of the other one for each thread. It belongs to the calling
+// thread, which keeps it
 static inline float* matmul_scratch(int threads) {
     static __thread void* buffer = NULL;
     static __thread int room = 0;
     if (room < threads) {
         free(buffer);
-        buffer = allocate((size_t)MATMUL_PACKED_B + (size_t)threads * MATMUL_PACKED_A + MATMUL_LANES, sizeof(float));
+        buffer = allocate((size_t)MATMUL_SHARED + (size_t)threads * MATMUL_OWN + MATMUL_LANES, sizeof(float));
         room = threads;
     }
     return (float*)(((uintptr_t)buffer + MATMUL_BYTES - 1) / MATMUL_BYTES * MATMUL_BYTES);
 }
 
-// y (M, N) = (add: +=) a (M, K) · b (K, N). A phase is a range of columns and a range of K, cut into steps of equal depth
+// y (M, N) = (add: +=) a (M, K) · b (K, N). The factor with fewer rows or columns is shared: `all` packed numbers of it are
+// one phase, a range of its S indices and a range of K in steps of equal depth. The other has O indices, cut into blocks
 static inline void matmul_product(float* y, size_t ldy, bool add, MatmulFactor a, MatmulFactor b, int M, int N, int K) {
-    const int threads = matmul_threads((double)M * N * K);
-    const int depth_step = matmul_ceil(K, matmul_ceil(K, MATMUL_K));
-    const int width = matmul_min(matmul_up(N, MATMUL_COLS), MATMUL_PACKED_B / MATMUL_K / MATMUL_COLS * MATMUL_COLS);
-    const int phase = MATMUL_PACKED_B / (width * depth_step) * depth_step;
-    // blocks of rows: a multiple of the threads, unless they get too small to be worth packing b for
-    const int blocks = matmul_min(matmul_up(matmul_ceil(M, MATMUL_M), threads), matmul_ceil(M, 4 * MATMUL_ROWS));
-    const int rows_step = matmul_up(matmul_ceil(M, blocks), MATMUL_ROWS), down = matmul_ceil(M, rows_step);
-    const int across = matmul_ceil(threads, down), cols_step = matmul_up(matmul_ceil(width, across), MATMUL_COLS);
-    float *packed_b = matmul_scratch(threads), *packed_a = packed_b + MATMUL_PACKED_B;
+    const bool share_a = M < N;
+    const MatmulFactor shared = share_a ? a : b, own = share_a ? b : a;
+    const int S = share_a ? M : N, shared_strip = share_a ? (int)MATMUL_ROWS : (int)MATMUL_COLS;
+    const int O = share_a ? N : M, own_strip = share_a ? (int)MATMUL_COLS : (int)MATMUL_ROWS;
+    const int threads = matmul_threads((double)M * N * K, MATMUL_ALONE);
+    const int k_step = matmul_ceil(K, matmul_ceil(K, MATMUL_DEPTH));
+    const int s_phase =
+        matmul_min(matmul_up(S, shared_strip), MATMUL_SHARED / MATMUL_DEPTH / MATMUL_CHUNK * MATMUL_CHUNK);
+    const int k_phase = MATMUL_SHARED / (s_phase * k_step) * k_step;
+    // as many blocks as threads or a multiple, unless they get too small: then threads share out the phase too
+    const int blocks = matmul_min(matmul_up(matmul_ceil(O, MATMUL_BLOCK), threads), matmul_ceil(O, MATMUL_CHUNK));
+    const int o_step = matmul_up(matmul_ceil(O, blocks), own_strip);
+    const int s_step = matmul_up(matmul_ceil(s_phase, matmul_ceil(threads, matmul_ceil(O, o_step))), shared_strip);
+    float *all = matmul_scratch(threads), *blocks_of_threads = all + MATMUL_SHARED;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    for (int n0 = 0; n0 < N; n0 += width)
-        for (int k0 = 0; k0 < K; k0 += phase) {
-            const int cols = matmul_min(width, N - n0), k1 = matmul_min(k0 + phase, K);
-            if (n0 || k0) {
+    for (int s0 = 0; s0 < S; s0 += s_phase)
+        for (int k0 = 0; k0 < K; k0 += k_phase) {
+            const int s1 = matmul_min(s0 + s_phase, S), k1 = matmul_min(k0 + k_phase, K);
+            if (s0 || k0) {
 #pragma omp barrier
             }
 #pragma omp for collapse(2) schedule(dynamic)
-            for (int k = k0; k < k1; k += depth_step)
-                for (int j = 0; j < cols; j += MATMUL_COLS) {
-                    const int depth = matmul_min(depth_step, k1 - k);
-                    matmul_pack(packed_b + (size_t)(k - k0) * width + (size_t)j * depth, b, n0 + j,
-                                matmul_min(MATMUL_COLS, cols - j), k, depth, MATMUL_COLS);
+            for (int k = k0; k < k1; k += k_step)
+                for (int s = s0; s < s1; s += MATMUL_CHUNK) {
+                    const int depth = matmul_min(k_step, k1 - k), count = matmul_min(MATMUL_CHUNK, s1 - s);
+                    float* to = all + (size_t)(k - k0) * s_phase + (size_t)(s - s0) * depth;
+                    matmul_pack(to, shared, s, count, k, depth, shared_strip);
                 }
 #pragma omp for collapse(2) schedule(dynamic) nowait
-            for (int j = 0; j < cols; j += cols_step)
-                for (int m = 0; m < M; m += rows_step) {
-                    const int rows = matmul_min(rows_step, M - m);
-                    float* own = packed_a + (size_t)matmul_thread() * MATMUL_PACKED_A;
-                    for (int k = k0; k < k1; k += depth_step) {
-                        const int depth = matmul_min(depth_step, k1 - k);
-                        matmul_pack(own, a, m, rows, k, depth, MATMUL_ROWS);
-                        matmul_block(y + m * ldy + n0 + j, ldy, add || k > 0, own,
-                                     packed_b + (size_t)(k - k0) * width + (size_t)j * depth, depth, rows,
-                                     matmul_min(cols_step, cols - j));
+            for (int s = s0; s < s1; s += s_step)
+                for (int o = 0; o < O; o += o_step) {
+                    const int s_count = matmul_min(s_step, s1 - s), o_count = matmul_min(o_step, O - o);
+                    float* block = blocks_of_threads + (size_t)matmul_thread() * MATMUL_OWN;
+                    float* out = share_a ? y + s * ldy + o : y + o * ldy + s;
+                    for (int k = k0; k < k1; k += k_step) {
+                        const int depth = matmul_min(k_step, k1 - k);
+                        const float* phase = all + (size_t)(k - k0) * s_phase + (size_t)(s - s0) * depth;
+                        matmul_pack(block, own, o, o_count, k, depth, own_strip);
+                        if (share_a)
+                            matmul_block(out, ldy, add || k > 0, phase, block, depth, s_count, o_count);
+                        else
+                            matmul_block(out, ldy, add || k > 0, block, phase, depth, o_count, s_count);
                     }
                 }
         }
@@ -370,7 +391,7 @@ MATMUL_INLINE void matmul_few_of(float* y, size_t ldy, const float* x, const cha
 // y (N, OC) = x (N, C) · w^T for N up to MATMUL_FEW. Threads take runs of outputs of about 64 KiB of weights
 static inline void matmul_few(float* y, size_t ldy, const float* x, Tensor w, int N, int C, int OC) {
     const int run = matmul_up(1 + 65536 / (int)(C * matmul_bytes(w.dtype)), 4);
-    const int threads = matmul_threads((double)N * C * OC);
+    const int threads = matmul_threads((double)C * OC, MATMUL_FEW_ALONE);
     (void)threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
     for (int o = 0; o < OC; o += run) {

@@ -154,7 +154,8 @@ static void test_rows(void** state) {
 // deeper than a block, wider than a phase, more rows than a block
 static void test_blocks(void** state) {
     (void)state;
-    const int deep = 2 * MATMUL_K + 5, wide = MATMUL_PACKED_B / MATMUL_K + MATMUL_COLS + 3, high = 2 * MATMUL_M + 9;
+    const int deep = 2 * MATMUL_DEPTH + 5, wide = MATMUL_SHARED / MATMUL_DEPTH + MATMUL_COLS + 3,
+              high = 2 * MATMUL_BLOCK + 9;
     const int shapes[][3] = {
         { 9, deep, wide }, { high, 40, 50 }, { high, deep, 20 }, { 5, deep, wide }, { 1, 3, wide }
     };
@@ -163,9 +164,10 @@ static void test_blocks(void** state) {
         for (int dtype = DTYPE_F32; dtype <= DTYPE_F16; dtype++) check_forward(d[0], d[1], d[2], (Dtype)dtype, 1, d[2]);
         check_backward(d[0], d[1], d[2], s % 2);
     }
-    check_backward(9, wide, 17, true);    // dx and dw wider than a phase
-    check_backward(deep, 20, 30, false);  // dw deeper than a block
-    check_backward(10, 8, 100000, false); // dx with K of several phases
+    check_forward(wide, 5, wide, DTYPE_BF16, 1, wide); // both factors wider than a phase
+    check_backward(9, wide, 17, true);                 // dx and dw wider than a phase
+    check_backward(deep, 20, 30, false);               // dw deeper than a block
+    check_backward(10, 8, 100000, false);              // dx with K of several phases
 }
 
 static void test_backward(void** state) {
