@@ -18,12 +18,13 @@ failures.
         gpu_free(&x), gpu_free(&y);
     }
 
-A test that fails goes on; test_ops.cu prints what failed and exits 1. Numbers are compared by llmc/check.h alone.
+A test that fails goes on. gpu_test_main prints a line for each test. Numbers are compared by llmc/check.h alone.
 */
 #pragma once
 
 #include <stdarg.h>
 #include <stdlib.h>
+#include <time.h>
 #include <type_traits>
 
 #include "llmc/check.h"
@@ -32,8 +33,8 @@ A test that fails goes on; test_ops.cu prints what failed and exits 1. Numbers a
 
 // ---- failures --------------------------------------------------------------------------------
 
-static int gpu_checks, gpu_failures; // of the test that runs
-static bool gpu_reduced;             // under compute-sanitizer, a hundred times slower: leave the large shapes out
+inline int gpu_checks, gpu_failures; // of the test that runs
+inline bool gpu_reduced;             // under compute-sanitizer, a hundred times slower: leave the large shapes out
 
 // counts a check; when it does not hold, prints the line and counts a failure. Returns whether it held
 __attribute__((format(printf, 2, 3))) static inline bool gpu_expect(bool ok, const char* format, ...) {
@@ -198,8 +199,8 @@ static inline bool gpu_has_room(const char* name, size_t bytes) {
 // ---- comparison ------------------------------------------------------------------------------
 
 // the largest fraction of its tolerance that any check of this test used, and which
-static double gpu_worst_used;
-static char gpu_worst_name[128];
+inline double gpu_worst_used;
+inline char gpu_worst_name[128];
 
 static inline bool gpu_check_values(const char* name, const float* got, const float* want, size_t n, double tolerance) {
     Check c = check_compare(got, want, n, tolerance);
@@ -244,4 +245,69 @@ template <typename T> static bool gpu_check_unchanged(const char* name, Gpu<T> a
     bool ok = gpu_expect(memcmp(got, a.host, a.n * sizeof *got) == 0, "%s: an input was changed", name);
     free(got);
     return ok;
+}
+
+// ---- running ---------------------------------------------------------------------------------
+
+typedef struct {
+    const char* name;
+    void (*run)(void);
+} GpuTest;
+
+// of all files that are linked together, in the order of linking
+inline GpuTest gpu_tests[64];
+inline int gpu_n_tests;
+
+// at the end of a file: adds test_NAME to the list
+#define GPU_TEST(name) GPU_TEST_(name)
+#define GPU_TEST_(name) static const bool listed_##name = gpu_list_test(#name, test_##name)
+static inline bool gpu_list_test(const char* name, void (*run)(void)) {
+    require(gpu_n_tests < 64, "the list of tests is long enough");
+    gpu_tests[gpu_n_tests++] = GpuTest{ name, run };
+    return true;
+}
+
+static inline double gpu_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// runs one test and prints a line; returns whether it passed. A test that checks nothing has failed
+static inline bool gpu_run_test(const GpuTest* test) {
+    gpu_checks = gpu_failures = 0;
+    gpu_worst_used = 0;
+    gpu_worst_name[0] = 0;
+    double start = gpu_seconds();
+    test->run();
+    cuda_check(cudaDeviceSynchronize());
+    bool ok = gpu_checks && !gpu_failures;
+    printf("%-4s %-20s %5d checks %4d failed %6.1f s   %5.1f%% of the tolerance used: %s\n", ok ? "ok" : "FAIL",
+           test->name, gpu_checks, gpu_failures, gpu_seconds() - start, 100 * gpu_worst_used, gpu_worst_name);
+    fflush(stdout);
+    return ok;
+}
+
+// the main function of a test program: [--reduced] [NAME …]; without names, all tests. 0: all passed
+static inline int gpu_test_main(int argc, char** argv) {
+    int device = 0, failed = 0, named = 0;
+    cudaDeviceProp properties;
+    cuda_check(cudaGetDevice(&device));
+    cuda_check(cudaGetDeviceProperties(&properties, device));
+    printf("%s, sm_%d%d, %s\n", properties.name, properties.major, properties.minor,
+           sizeof(floatX) == 2 ? "BF16" : "FP32");
+    for (int i = 1; i < argc; i++) {
+        bool reduced = strcmp(argv[i], "--reduced") == 0, known = reduced;
+        for (int j = 0; j < gpu_n_tests; j++) known |= strcmp(argv[i], gpu_tests[j].name) == 0;
+        if (!known) die("no test %s: [--reduced] [NAME …]", argv[i]);
+        gpu_reduced |= reduced;
+        named += !reduced;
+    }
+    for (int j = 0; j < gpu_n_tests; j++) {
+        bool selected = !named;
+        for (int i = 1; i < argc; i++) selected |= strcmp(argv[i], gpu_tests[j].name) == 0;
+        if (selected && !gpu_run_test(&gpu_tests[j])) failed++;
+    }
+    printf(failed ? "%d tests failed\n" : "all passed\n", failed);
+    return failed != 0;
 }
