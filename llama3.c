@@ -327,6 +327,11 @@ static Acts acts_for_sequence(const Config* c, int n) { return acts_make(c, n < 
 
 // ---- 5. the model, as llmc/model.h promises it -----------------------------------------------
 
+bool model_configure(const Options* o, Error* err) {
+    (void)o, (void)err; // there is one way on the CPU
+    return true;
+}
+
 Model* model_make(const Config* c, uint64_t seed) {
     Model* m = allocate(1, sizeof *m);
     m->c = *c;
@@ -492,8 +497,8 @@ static void wait_briefly(char** argv) {
 
 int main(int argc, char** argv) {
     wait_briefly(argv);
-    const Corpus corpus = { corpus_train, corpus_train_end, corpus_val, corpus_val_end };
-    return commands_main("llama3", VERSION, &corpus, argc, argv);
+    const Program program = { "llama3", VERSION, NULL, { corpus_train, corpus_train_end, corpus_val, corpus_val_end } };
+    return commands_main(&program, argc, argv);
 }
 
 #else

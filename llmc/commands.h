@@ -117,8 +117,15 @@ static inline void command_info(Run* r) {
 
 // ---- the way in ------------------------------------------------------------------------------
 
-static inline void commands_help(const char* program) {
-    printf("%s: train and run Llama 3 models\n\n  %s COMMAND [--option value …]\n\n", program, program);
+typedef struct {
+    const char *name, *version;
+    const char* usual; // the command when none is given; NULL: the help
+    Corpus corpus;
+} Program;
+
+static inline void commands_help(const Program* p) {
+    const char* program = p->name;
+    printf("%s: train and run Llama 3 models\n\n  %s %s [--option value …]\n\n", program, program, p->usual ? "[COMMAND]" : "COMMAND");
     for (int i = 0; i < N_COMMANDS; i++) printf("  %-12s %s\n", commands[i].name, commands[i].what);
     printf("\n  %s COMMAND --help     the options of a command\n  %s --version\n\n", program, program);
     printf("To begin: %s train learns to write this program's own sources; then %s generate --model out\n\n", program, program);
@@ -151,33 +158,37 @@ static inline void flush_output(void) {
 }
 
 // the whole of main; returns the exit status
-static inline int commands_main(const char* program, const char* version, const Corpus* corpus, int argc, char** argv) {
+static inline int commands_main(const Program* program, int argc, char** argv) {
     Error err;
-    const char* word = argc > 1 ? argv[1] : NULL;
+    const char* word = argc > 1 ? argv[1] : program->usual;
     if (!word || is_word(word, "--help", "-h") || is_word(word, "help", "help")) {
         commands_help(program);
         flush_output();
         return 0;
     }
     if (is_word(word, "--version", "-v")) {
-        printf("%s %s\n", program, version);
+        printf("%s %s\n", program->name, program->version);
         flush_output();
         return 0;
     }
-    const Command* command = command_find(word);
+    bool named = argc > 1 && !(program->usual && strncmp(word, "--", 2) == 0);
+    int first = named ? 2 : 1; // of the options
+    const Command* command = command_find(named ? word : program->usual);
     if (!command)
-        die("'%s' is not a command: expected train, generate, chat, eval, tokenize, detokenize or info; see %s --help", word, program);
-    for (int i = 2; i < argc; i++)
+        die("'%s' is not a command: expected train, generate, chat, eval, tokenize, detokenize or info; see %s --help", word,
+            program->name);
+    for (int i = first; i < argc; i++)
         if (is_word(argv[i], "--help", "-h")) {
-            options_help(program, command);
+            options_help(program->name, command);
             flush_output();
             return 0;
         }
     Run* r = (Run*)allocate(1, sizeof *r);
-    r->program = program;
+    r->program = program->name;
     r->o = options_default();
-    must(options_parse(&r->o, command, argc - 2, argv + 2, &err), &err);
-    int status = command_run(r, command, corpus);
+    must(options_parse(&r->o, command, argc - first, argv + first, &err), &err);
+    must(model_configure(&r->o, &err), &err);
+    int status = command_run(r, command, &program->corpus);
     flush_output();
     run_free(r);
     free(r);

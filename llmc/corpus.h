@@ -28,6 +28,11 @@ byte 28, ASCII's file separator, which no source holds; in the token stream each
 
 enum { FILE_SEPARATOR = 28 };
 
+// the two texts
+typedef struct {
+    const char *train, *train_end, *val, *val_end;
+} Corpus;
+
 // opens an embedded text, whose files become documents one after the other
 static inline bool corpus_open(Data* d, const char* text, const char* end, Tokenizer* t, Error* err) {
     memset(d, 0, sizeof *d);

@@ -10,6 +10,7 @@ know nothing else of either.
 #include "dtype.h"
 #include "error.h"
 #include "llama3.h"
+#include "options.h"
 
 #ifndef MODEL_API // llama3.c as a library makes them its own
 #define MODEL_API
@@ -20,6 +21,9 @@ typedef struct Model Model; // weights, and what it takes to run or train them
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+// takes what the options say of how to compute, before models are made; false when it cannot be done
+MODEL_API bool model_configure(const Options* o, Error* err);
 
 // ---- making one: NULL with the reason in err; freed with model_free ---------------------------
 

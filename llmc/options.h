@@ -52,6 +52,10 @@ typedef struct {
     int64_t tokens, top_k;
     double lr, lr_final, weight_decay, beta1, beta2, clip, temperature, top_p, min_p;
     bool resume, print_ids, ignore_eos, bos, special;
+#ifdef __CUDACC__ // of train_llama3cu alone
+    const char *attention, *recompute, *moments;
+    bool fast_attention;
+#endif
     bool given[MAX_OPTIONS]; // by row: set on the command line
 } Options;
 
@@ -64,6 +68,9 @@ static inline Options options_default(void) {
     o.tokens = 256;
     o.lr_final = 0.1, o.weight_decay = 0.1, o.beta1 = 0.9, o.beta2 = 0.95, o.clip = 1;
     o.temperature = 0.8, o.top_p = 0.95;
+#ifdef __CUDACC__
+    o.attention = "auto", o.recompute = "none", o.moments = "fp32";
+#endif
     return o;
 }
 
@@ -120,6 +127,12 @@ static const Option option_table[] = {
     { "hellaswag",       OPTION_TEXT,   FIELD(hellaswag),        EVAL,                     0, 0,      "FILE", "score the multiple-choice set instead: six lines a task" },
     { "bos",             OPTION_FLAG,   FIELD(bos),              TOKENIZE,                 0, 0,      "",     "begin with the begin-of-text token" },
     { "special",         OPTION_FLAG,   FIELD(special),          TOKENIZE,                 0, 0,      "",     "special tokens in the text are recognised, not spelled out" },
+#ifdef __CUDACC__
+    { "attention",       OPTION_CHOICE, FIELD(attention),        TRAIN|EVAL,               0, 0,      "auto|cudnn|flash|reference", "who computes attention" },
+    { "fast-attention",  OPTION_FLAG,   FIELD(fast_attention),   TRAIN,                    0, 0,      "",     "cudnn's faster backward pass, whose bits differ from run to run" },
+    { "recompute",       OPTION_CHOICE, FIELD(recompute),        TRAIN,                    0, 0,      "none|norms|ffn|block", "what the backward pass computes again, to keep less" },
+    { "moments",         OPTION_CHOICE, FIELD(moments),          TRAIN,                    0, 0,      "fp32|bf16", "type of AdamW's moments" },
+#endif
     { "seed",            OPTION_WHOLE,  FIELD(seed),             TRAIN|GENERATE|CHAT,      0, 1e15,   "N",    "of everything random" },
 };
 // clang-format on

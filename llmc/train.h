@@ -37,11 +37,6 @@ typedef struct {
     Log log;
 } Training;
 
-// the sources that are embedded in the program
-typedef struct {
-    const char *train, *train_end, *val, *val_end;
-} Corpus;
-
 // what a signal asked for; the loop looks at it between steps
 static volatile sig_atomic_t interrupted = 0;
 
@@ -114,7 +109,10 @@ static inline void load_state(Training* t) {
 static inline void start_model(Training* t) {
     Error err;
     Run* r = t->run;
-    if (r->o.resume) load_state(t);
+    if (r->o.resume) {
+        load_state(t);
+        must(model_configure(&r->o, &err), &err);
+    }
     if (!r->o.model) r->o.model = "tiny";
     if (!r->o.resume && open_preset(r)) {
         take_model(r, model_make(&r->c, (uint64_t)r->o.seed), &err);
