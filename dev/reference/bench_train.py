@@ -10,8 +10,9 @@ faster one is who we compare with:
     transformers    LlamaForCausalLM
     plain           the same model in sixty lines of torch: q, k, v and gate, up as one product each
 
-Each run is a process of its own; they take turns, and the table shows the median step of all rounds after --warmup steps
-in each, and the largest peak of resident memory (wait4). This process loads no torch: a child's peak starts at its parent's.
+Each run is a process of its own; they take turns. The table shows, over all rounds without their first --warmup steps, the
+median step, the fastest step, and the largest peak of resident memory (wait4). This process loads no torch, as a child's
+peak starts at its parent's.
 """
 import argparse
 import json
@@ -186,9 +187,9 @@ def main():
         best = min((name for name in median if name != "llama3.c"), key=median.get)
         print(f"B {options['batch']}  T {options['seq']}  V {V}  {options['threads']} threads  fp32  "
               f"{options['rounds']} rounds of {options['steps']} steps")
-        print(f"{'':14}{'ms/step':>10}{'tokens/s':>10}{'speed':>8}{'peak MB':>10}{'memory':>8}")
-        for name in median:
-            print(f"{name:14}{median[name]:10.1f}{1000 * N / median[name]:10.0f}{median[best] / median[name]:8.2f}"
+        print(f"{'':14}{'ms/step':>10}{'fastest':>10}{'tokens/s':>10}{'speed':>8}{'peak MB':>10}{'memory':>8}")
+        for name in sorted(median, key=median.get):
+            print(f"{name:14}{median[name]:10.1f}{min(ms[name]):10.1f}{1000 * N / median[name]:10.0f}{median[best] / median[name]:8.2f}"
                   f"{max(peaks[name]):10.0f}{max(peaks[name]) / max(peaks[best]):8.2f}")
         print(f"speed and memory are in units of {best}, the faster of the two on PyTorch")
 

@@ -123,7 +123,8 @@ static void test_adamw(void** state) {
     for (int i = 0; i < N_GOLDEN; i++) {
         Golden g = golden_open(names[i]);
         float* hyper = golden_copy(&g, "hyperparameters", "F32", 6);
-        float *want_losses = golden_copy(&g, "losses", "F32", STEPS), *want_norms = golden_copy(&g, "norms", "F32", STEPS);
+        float *want_losses = golden_copy(&g, "losses", "F32", STEPS),
+              *want_norms = golden_copy(&g, "norms", "F32", STEPS);
         for (int step = 0; step < STEPS; step++) {
             float loss = cpu_backward(g.model, g.ids, g.labels, g.B, g.T);
             float norm = cpu_update(g.model, hyper[0], hyper[1], hyper[2], hyper[3], hyper[4], hyper[5]);
@@ -373,10 +374,10 @@ static void test_stories(void** state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_forward),  cmocka_unit_test(test_gradients),
-        cmocka_unit_test(test_adamw),    cmocka_unit_test(test_spellings),
-        cmocka_unit_test(test_cache),    cmocka_unit_test(test_prefix),
-        cmocka_unit_test(test_threads),  cmocka_unit_test(test_batch_is_mean_of_rows),
+        cmocka_unit_test(test_forward), cmocka_unit_test(test_gradients),
+        cmocka_unit_test(test_adamw),   cmocka_unit_test(test_spellings),
+        cmocka_unit_test(test_cache),   cmocka_unit_test(test_prefix),
+        cmocka_unit_test(test_threads), cmocka_unit_test(test_batch_is_mean_of_rows),
         cmocka_unit_test(test_stories),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
