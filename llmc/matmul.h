@@ -26,6 +26,8 @@ and packing hides that. Each number of a is used N times, each of b M times, so 
 Few rows. Packing would cost more than it gains: rows of w are read once, in order, with prefetch, converted in registers
 and multiplied with all rows of x; threads take runs of outputs.
 
+On the GPU      matmul_cublas.cuh
+
 Proved by       dev/test/test_matmul.c (float, every storage type, odd addresses and shapes, threads), dev/test/test_ops.c
                 (finite differences); measured beside OpenBLAS and a plain read of memory by dev/cpu/matmul.c
 Source          Goto and van de Geijn 2008, "Anatomy of high-performance matrix multiplication", for the blocking
@@ -431,3 +433,7 @@ static inline void matmul_backward_cpu(float* dx, bool accumulate_dx, float* dw,
     if (dw)
         matmul_product(dw, C, true, matmul_factor(dy, DTYPE_F32, 1, OC), matmul_factor(x, DTYPE_F32, 1, C), OC, C, N);
 }
+
+#ifdef __CUDACC__
+#include "matmul_cublas.cuh"
+#endif
