@@ -11,10 +11,11 @@ What the GPU must prove. Linked with train_llama3.cu and llama3.c as libraries a
     one test each for: later tokens, lengths that change, no labels, accumulation, two runs, resume, bf16 moments, generation
 
 Tolerance       FP32: 1e-4 of the scale, losses 1e-5, as llama3.c against PyTorch.
-                BF16: computed. llama3.c runs again with each weight moved by up to one rounding to bf16 (three draws); what
-                moves is what one rounding of every weight does. A pass on the GPU rounds weights, activations and, on the
-                way back, gradients: about 9, 12 and 12 tensors in a layer. Variances add: 33 / 9, so about twice; the bound is
-                four times, and two roundings of the result itself
+                BF16: computed. llama3.c runs again with each weight moved by up to one rounding to bf16, eight times; what
+                moves most is what one rounding of every weight does. A pass on the GPU rounds weights, activations and, on
+                the way back, gradients: about 9, 12 and 12 tensors in a layer. Variances add: the square root of 33 / 9 is
+                about 2; the bound is four times, and one rounding of the result itself. (A bf16 model of PyTorch, which
+                rounds more often, uses 0.2 to 0.7 of it.)
 */
 #include <unistd.h>
 
@@ -24,11 +25,14 @@ Tolerance       FP32: 1e-4 of the scale, losses 1e-5, as llama3.c against PyTorc
 #include "llmc/llama3.h"
 #include "llmc/params.h"
 
-enum { STEPS = 10, DRAWS = 3, MAX_CONTEXT = 512 };
+enum { STEPS = 10, DRAWS = 8, MAX_CONTEXT = 512 };
 static const bool BF16 = sizeof(floatX) == 2;
 
 // of a result that moved by that much in llama3.c when every weight was rounded once
-static double tolerance_for(double moved, double fp32) { return BF16 ? 4 * moved + 2 * BF16_EPS : fp32; }
+static double tolerance_for(double moved, double fp32) { return BF16 ? 4 * moved + BF16_EPS : fp32; }
+
+// of a loss: it is not rounded to bf16, but one number moves more by chance than the most of many does
+static double loss_tolerance_for(double moved, double fp32) { return BF16 ? 4 * moved + BF16_EPS / 4 : fp32; }
 
 // ---- cases: a model folder and a batch -------------------------------------------------------
 
@@ -225,6 +229,28 @@ static double moved_by(const float* x, const float* want, size_t n) { return che
 
 static void widen(double* moved, double by) { *moved = by > *moved ? by : *moved; }
 
+static float largest(const float* x, size_t n) {
+    float most = 0;
+    for (size_t i = 0; i < n; i++) most = fmaxf(most, fabsf(x[i]));
+    return most;
+}
+
+typedef struct {
+    float* numbers; // owned by the caller
+    size_t n;
+} Scaled;
+
+// the gradient of tensor i, which begins at `at`. Where it should be noise alone (a single token attends to itself: q and k
+// get none), the largest of all gradients stands behind it, so that the comparison is relative to that
+static Scaled scaled(const Oracle* o, const float* gradients, int i, size_t at) {
+    size_t n = param_size(&o->set.list[i]);
+    Scaled x = { (float*)allocate(n + 1, sizeof(float)), n };
+    memcpy(x.numbers, gradients + at, n * sizeof(float));
+    float scale = largest(o->want.gradients, o->n);
+    if (largest(o->want.gradients + at, n) < 1e-5f * scale) x.numbers[x.n++] = scale;
+    return x;
+}
+
 static Oracle oracle_make(const Case* k) {
     Oracle o = {};
     CpuModel* m = cpu_model_load(k->folder);
@@ -242,12 +268,15 @@ static Oracle oracle_make(const Case* k) {
         widen(&o.loss, moved_by(&p.loss, &o.want.loss, 1));
         widen(&o.logits, moved_by(p.logits, o.want.logits, o.n_logits));
         size_t at = 0;
-        for (int i = 0; i < o.set.n; at += param_size(&o.set.list[i++]))
-            widen(&o.gradient[i], moved_by(p.gradients + at, o.want.gradients + at, param_size(&o.set.list[i])));
+        for (int i = 0; i < o.set.n; at += param_size(&o.set.list[i++])) {
+            Scaled x = scaled(&o, p.gradients, i, at), want = scaled(&o, o.want.gradients, i, at);
+            widen(&o.gradient[i], moved_by(x.numbers, want.numbers, x.n));
+            free(x.numbers), free(want.numbers);
+        }
         pass_free(&p);
         cpu_model_free(m);
     }
-    o.loss = tolerance_for(o.loss, 1e-5);
+    o.loss = loss_tolerance_for(o.loss, 1e-5);
     o.logits = tolerance_for(o.logits, 1e-4);
     for (int i = 0; i < o.set.n; i++) o.gradient[i] = tolerance_for(o.gradient[i], 1e-4);
     return o;
@@ -264,7 +293,9 @@ static void check_gradients(const char* what, const Oracle* o, const float* got)
     for (int i = 0; i < o->set.n; at += param_size(&o->set.list[i++])) {
         char label[160];
         snprintf(label, sizeof label, "%s: gradient of %s", what, o->set.list[i].name);
-        gpu_check_values(label, got + at, o->want.gradients + at, param_size(&o->set.list[i]), o->gradient[i]);
+        Scaled x = scaled(o, got, i, at), want = scaled(o, o->want.gradients, i, at);
+        gpu_check_values(label, x.numbers, want.numbers, x.n, o->gradient[i]);
+        free(x.numbers), free(want.numbers);
     }
 }
 
@@ -367,7 +398,7 @@ static CurveTolerance curve_tolerance(const Case* k, const ParamSet* set, const 
         cpu_model_free(m);
     }
     for (int step = 0; step < STEPS; step++) {
-        t.loss[step] = tolerance_for(t.loss[step], 1e-5);
+        t.loss[step] = loss_tolerance_for(t.loss[step], 1e-5);
         t.norm[step] = tolerance_for(t.norm[step], 1e-4);
     }
     for (int i = 0; i < set->n; i++) t.parameter[i] = tolerance_for(t.parameter[i], 1e-4);
