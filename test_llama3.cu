@@ -333,6 +333,7 @@ static GpuModel* load_with(const Case* k, const char* backend, const char* level
     if (!gpu_set("attention", backend)) return NULL;
     if (!gpu_set("recompute", level)) die("no recompute level %s", level);
     GpuModel* m = gpu_model_load(k->folder);
+    gpu_forward(m, k->ids, k->labels, k->B, k->T, NULL); // the back end is chosen when the batch is known
     if (strcmp(gpu_attention(m), backend) == 0) return m;
     int HD = gpu_model_config(m)->HD;
     gpu_expect(HD != 64 && HD != 128, "%s: %s does not run with HD %d", k->name, backend, HD);

@@ -229,8 +229,8 @@ GpuModel* gpu_model_resume(const char* folder, int64_t updates); // as gpu_save 
 void gpu_save(GpuModel* m, const char* folder);                  // weights and optimizer, into a folder that exists
 void gpu_model_free(GpuModel* m);
 const Config* gpu_model_config(const GpuModel* m);
-const char* gpu_attention(const GpuModel* m);                    // the back end that runs: another than the one that was set
-                                                                 // when that does not take the model's sizes
+const char* gpu_attention(const GpuModel* m);                    // the back end of the last pass: another than the one that
+                                                                 // was set when that does not take the sizes
 
 float gpu_forward(GpuModel* m, const int32_t* ids, const int32_t* labels, int B, int T, float* logits);
 float gpu_backward(GpuModel* m, const int32_t* ids, const int32_t* labels, int B, int T);
