@@ -11,12 +11,16 @@ A label of -100 is ignored: its loss is 0, its gradient a row of zeros. scale is
 Shapes          logits (N, V) of row stride ld    losses labels (N), labels below V    x dx (N, C)    w dw (V, C)
 Numerics        the largest logit is taken off before exp; sums of 4096 terms in fp32, and those in double; the loss in
                 double until it is stored. A NaN logit gives a NaN loss
-Bound by        the logits, alone: three passes over N*V numbers. With the product: 6*N*V*C FLOPs, beside which they vanish
+                On the GPU: sums in fp32, powers by the ex2 instruction (relative error 2^-22, results below 2^-126 become 0);
+                the gradient is rounded once, after 1 was taken off at the label
+Bound by        the logits, alone: three passes over N*V numbers. With the product: 6*N*V*C FLOPs, beside which they vanish.
+                On the GPU one pass: each logit is read once and written once, 4*N*V bytes in bf16
 Memory          lm_head_loss_cpu works on a chunk of rows, so that the logits of all rows never exist at once. Each chunk
                 reads w and reads and writes dw in full, which 128 rows or more pay for: 256 FLOPs per number of dw. 16M
-                numbers (64 MiB) are as many rows for every V up to 128K. The chunk depends on V alone, and so do the bits
+                numbers (64 MiB) are as many rows for every V up to 128K. The chunk depends on V alone, and so do the bits. On
+                the GPU the chunk is the caller's: rows * lm_head_stride(V) logits
 Proved by       dev/test/test_ops.c (finite differences, ignored labels, several chunks), test_ops_float.c (same bits for
-                any threads; one huge logit)
+                any threads; one huge logit), dev/test/gpu/test_cross_entropy.cuh, dev/test/gpu/test_lm_head.cuh
 Source          Milakov and Gimelshein 2018; fused in chunks as in Hsu et al. 2024, "Liger Kernel"
 */
 #pragma once
@@ -104,3 +108,277 @@ static inline double lm_head_loss_cpu(float* dx, float* dw, const float* x, Tens
     }
     return total;
 }
+
+// ---- GPU -------------------------------------------------------------------------------------
+
+#ifdef __CUDACC__
+#include <cooperative_groups.h>
+#include <float.h>
+
+#include "gpu.cuh"
+
+// of some logits: the largest, and the sum of e^(x - top). Of none: { -FLT_MAX, 0 }
+struct CrossEntropySum {
+    float top, sum;
+};
+
+// e^x, by the instruction for 2^x
+__device__ __forceinline__ float cross_entropy_power(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f)); // log2 e
+    return y;
+}
+
+// the logits of pack p of a row; columns beyond V become so low that they count for nothing. A kept pack stays 16 bytes: taken
+// apart, it would fill twice the registers
+__device__ __forceinline__ void cross_entropy_unpack(float* x, int4 bits, int p, int V) {
+    PackX pack;
+    memcpy(&pack, &bits, 16);
+    for (int k = 0; k < PACK; k++) x[k] = pack.get(k);
+    const int valid = V - p * PACK;
+    if (valid < PACK)
+        for (int k = 0; k < PACK; k++) x[k] = k < valid ? x[k] : -3.3e38f;
+}
+
+// adds some logits: the old sum is scaled to the new top, once for all of them
+template <int COUNT>
+__device__ __forceinline__ void cross_entropy_add(CrossEntropySum& s, const float* x) {
+    float top = s.top;
+    for (int k = 0; k < COUNT; k++) top = fmaxf(top, x[k]);
+    s.sum *= cross_entropy_power(s.top - top);
+    for (int k = 0; k < COUNT; k++) s.sum += cross_entropy_power(x[k] - top);
+    s.top = top;
+}
+
+// the sum over the lanes of a warp, the same in all of them
+__device__ __forceinline__ CrossEntropySum cross_entropy_warp(CrossEntropySum s) {
+    float top = warp_max(s.top);
+    return CrossEntropySum{ top, warp_sum(s.sum * cross_entropy_power(s.top - top)) };
+}
+
+// the gradient of pack p, which replaces it: factor is scale / sum
+__device__ __forceinline__ void cross_entropy_store(floatX* row, const float* x, float top, float factor, float scale,
+                                                    int p, int label) {
+    float d[PACK];
+    PackX dx;
+    for (int k = 0; k < PACK; k++) d[k] = factor * cross_entropy_power(x[k] - top);
+    if (p == label / PACK)
+        for (int k = 0; k < PACK; k++) d[k] -= k == label % PACK ? scale : 0;
+    for (int k = 0; k < PACK; k++) dx.set(k, d[k]);
+    pack_store_once(row + (size_t)p * PACK, dx);
+}
+
+// clang-format off
+enum {
+    CROSS_ENTROPY_THREADS = 512,       // of a block, at most
+    CROSS_ENTROPY_HELD = 8,            // packs that a thread keeps: 32 registers
+    CROSS_ENTROPY_BLOCKS = 8,          // that may share a row
+    CROSS_ENTROPY_PLAIN_THREADS = 1024,
+};
+// clang-format on
+
+// the blocks that share a row: a cluster, whose shared memory all of them see. Before Hopper a row has one block
+struct CrossEntropyRow {
+#if __CUDA_ARCH__ >= 900
+    cooperative_groups::cluster_group blocks = cooperative_groups::this_cluster();
+    __device__ int count() { return (int)blocks.num_blocks(); }
+    __device__ int rank() { return (int)blocks.block_rank(); }
+    __device__ CrossEntropySum* shared_of(CrossEntropySum* own, int block) {
+        return blocks.map_shared_rank(own, block);
+    }
+    __device__ void arrive() { cooperative_groups::cluster_group::barrier_arrive(); }
+    __device__ void leave() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); } // after reads
+    __device__ void wait() { cooperative_groups::cluster_group::barrier_wait(); }
+#else
+    __device__ int count() { return 1; }
+    __device__ int rank() { return 0; }
+    __device__ CrossEntropySum* shared_of(CrossEntropySum* own, int) { return own; }
+    __device__ void arrive() {}
+    __device__ void leave() {}
+    __device__ void wait() { __syncthreads(); }
+#endif
+};
+
+// One row of logits lives in the registers of 1 to 8 blocks from its load to its store, so that memory sees it twice: a row
+// of 128256 bf16 is 256 KB, the registers of four blocks of 512 threads with 8 packs each, two of which fit on a processor:
+// one of them loads while the other computes. Each warp's sum goes to shared memory; after one barrier of all blocks of the
+// row every warp adds all sums up in the same order. Grid: N rows of `count` blocks
+static __global__ void __launch_bounds__(CROSS_ENTROPY_THREADS, 2)
+    cross_entropy_kernel(float* losses, floatX* logits, const int32_t* labels, float scale, bool backward, int V,
+                         int ld) {
+    __shared__ CrossEntropySum warp_sums[CROSS_ENTROPY_THREADS / WARP];
+    CrossEntropyRow blocks;
+    const int count = blocks.count(), rank = blocks.rank(), warps = blockDim.x / WARP;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int n = blockIdx.x / count, packs = (V + PACK - 1) / PACK;
+    const int first = rank * blockDim.x + threadIdx.x, stride = count * blockDim.x;
+    const int label = labels[n];
+    floatX* x = logits + (size_t)n * ld;
+    if (label == IGNORED_LABEL) {
+        if (first == 0) losses[n] = 0;
+        for (int p = first; p < packs && backward; p += stride) pack_store_once(x + (size_t)p * PACK, PackX{});
+        return;
+    }
+
+    int4 held[CROSS_ENTROPY_HELD] = {};
+#pragma unroll
+    for (int i = 0; i < CROSS_ENTROPY_HELD; i++)
+        if (first + i * stride < packs) held[i] = __ldcs((const int4*)x + first + i * stride);
+    float right = first == 0 ? to_float(x[label]) : 0; // before the barrier, hence before anyone overwrites it
+
+    CrossEntropySum s = { -FLT_MAX, 0 };
+#pragma unroll
+    for (int i = 0; i < CROSS_ENTROPY_HELD; i += 2) {
+        if (i * stride >= packs) continue;
+        float v[2 * PACK];
+        cross_entropy_unpack(v, held[i], first + i * stride, V);
+        cross_entropy_unpack(v + PACK, held[i + 1], first + (i + 1) * stride, V);
+        cross_entropy_add<2 * PACK>(s, v);
+    }
+    s = cross_entropy_warp(s);
+    if (lane == 0) warp_sums[warp] = s;
+    blocks.arrive();
+    blocks.wait();
+
+    s = { -FLT_MAX, 0 };
+    for (int i = lane; i < count * warps; i += WARP) {
+        CrossEntropySum other = blocks.shared_of(warp_sums, i / warps)[i % warps];
+        float top = fmaxf(s.top, other.top);
+        s.sum = s.sum * cross_entropy_power(s.top - top) + other.sum * cross_entropy_power(other.top - top);
+        s.top = top;
+    }
+    s = cross_entropy_warp(s);
+    blocks.leave(); // nobody ends while another reads its sums
+    if (first == 0) losses[n] = logf(s.sum) + (s.top - right);
+    const float factor = scale / s.sum;
+    // what the compiler has unpacked and addressed above it would keep, in more registers than there are: it must forget
+    asm volatile("" : "+l"(x));
+#pragma unroll
+    for (int i = 0; i < CROSS_ENTROPY_HELD; i++) {
+        const int p = first + i * stride;
+        float v[PACK];
+        if (!backward || p >= packs) continue;
+        asm volatile("" : "+r"(held[i].x), "+r"(held[i].y), "+r"(held[i].z), "+r"(held[i].w));
+        cross_entropy_unpack(v, held[i], p, V);
+        cross_entropy_store(x, v, s.top, factor, scale, p, label);
+    }
+    blocks.wait();
+}
+
+// Any V on any GPU: a block reads its row twice, the second time mostly from the L2 cache. Grid: N
+static __global__ void __launch_bounds__(CROSS_ENTROPY_PLAIN_THREADS)
+    cross_entropy_plain_kernel(float* losses, floatX* logits, const int32_t* labels, float scale, bool backward, int V,
+                               int ld) {
+    __shared__ CrossEntropySum warp_sums[CROSS_ENTROPY_PLAIN_THREADS / WARP];
+    const int packs = (V + PACK - 1) / PACK, label = labels[blockIdx.x];
+    floatX* x = logits + (size_t)blockIdx.x * ld;
+    if (label == IGNORED_LABEL) {
+        if (threadIdx.x == 0) losses[blockIdx.x] = 0;
+        for (int p = threadIdx.x; p < packs && backward; p += blockDim.x)
+            pack_store_once(x + (size_t)p * PACK, PackX{});
+        return;
+    }
+    float right = threadIdx.x == 0 ? to_float(x[label]) : 0; // before the barrier, hence before anyone overwrites it
+    CrossEntropySum s = { -FLT_MAX, 0 };
+#pragma unroll 4
+    for (int p = threadIdx.x; p < packs; p += blockDim.x) {
+        float v[PACK];
+        cross_entropy_unpack(v, ((const int4*)x)[p], p, V);
+        cross_entropy_add<PACK>(s, v);
+    }
+    s = cross_entropy_warp(s);
+    if (threadIdx.x % WARP == 0) warp_sums[threadIdx.x / WARP] = s;
+    __syncthreads();
+    s = cross_entropy_warp(warp_sums[threadIdx.x % WARP]);
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(s.sum) + (s.top - right);
+    const float factor = scale / s.sum;
+#pragma unroll 4
+    for (int p = threadIdx.x; p < packs && backward; p += blockDim.x) {
+        float v[PACK];
+        cross_entropy_unpack(v, __ldcs((const int4*)x + p), p, V);
+        cross_entropy_store(x, v, s.top, factor, scale, p, label);
+    }
+}
+
+// how many blocks may share a row: clusters need Hopper, and code that was compiled for it
+static inline int cross_entropy_most_blocks(void) {
+    static int most = 0;
+    cudaFuncAttributes kernel;
+    if (!most) {
+        cuda_check(cudaFuncGetAttributes(&kernel, cross_entropy_kernel));
+        most = kernel.ptxVersion >= 90 ? CROSS_ENTROPY_BLOCKS : 1;
+    }
+    return most;
+}
+
+// overwrites losses (N) and, with backward, logits by their gradient times scale; columns from V to the next multiple of 8
+// become zero then
+static inline void cross_entropy(float* losses, floatX* logits, const int32_t* labels, float scale, bool backward,
+                                 int N, int V, int ld, cudaStream_t stream) {
+    launch_require(ld % PACK == 0 && ld >= V && V > 0 && N > 0, "cross_entropy",
+                   "V fits the row stride, a multiple of 8");
+    const int packs = (int)ceil_div(V, PACK), most = cross_entropy_most_blocks();
+    int blocks = 1;
+    while (blocks < most && blocks * CROSS_ENTROPY_THREADS * CROSS_ENTROPY_HELD < packs) blocks *= 2;
+    if (blocks * CROSS_ENTROPY_THREADS * CROSS_ENTROPY_HELD < packs) {
+        cross_entropy_plain_kernel<<<(unsigned)N, CROSS_ENTROPY_PLAIN_THREADS, 0, stream>>>(losses, logits, labels,
+                                                                                            scale, backward, V, ld);
+        launch_check();
+        return;
+    }
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = (unsigned)blocks, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)N * (unsigned)blocks);
+    config.blockDim = dim3((unsigned)(ceil_div(packs, blocks * CROSS_ENTROPY_HELD * WARP) * WARP));
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = blocks > 1;
+    cuda_check(cudaLaunchKernelEx(&config, cross_entropy_kernel, losses, logits, labels, scale, backward, V, ld));
+    launch_check();
+}
+
+// ---- GPU: with the product that makes the logits ---------------------------------------------
+
+// numbers from one row of logits to the next
+static inline int lm_head_stride(int V) { return (int)ceil_div(V, 64) * 64; }
+
+// dw += dw32, rounded once. Each thread one pack of dw
+static __global__ void lm_head_add_kernel(floatX* dw, const float* dw32, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
+    if (i >= n) return;
+    PackX sum = pack_load(dw + i);
+    for (int k = 0; k < PACK; k += 4) {
+        Pack<float> more = pack_load_once(dw32 + i + k);
+        for (int j = 0; j < 4; j++) sum.set(k + j, sum.get(k + j) + more.get(j));
+    }
+    pack_store(dw + i, sum);
+}
+
+// Overwrites losses (N). With dx, overwrites dx (N, C) with its gradient times scale and adds to dw (V, C) the same; dx may be
+// x. The rest is scratch: logits for `rows` rows, lm_head_stride(V) numbers each, and dw32 (V, C), in which the chunks' parts
+// of dw are summed in fp32. Without it (NULL) they are added to dw one by one, and dw is rounded each time
+static inline void lm_head_loss(float* losses, floatX* dx, floatX* dw, const floatX* x, const floatX* w,
+                                const int32_t* labels, float scale, int N, int C, int V, int rows, floatX* logits,
+                                float* dw32, cudaStream_t stream) {
+    launch_require(rows > 0 && !dx == !dw, "lm_head_loss", "there are rows in a chunk, and dx and dw come together");
+    const int ld = lm_head_stride(V);
+    for (int start = 0; start < N; start += rows) {
+        const int chunk = N - start < rows ? N - start : rows;
+        const floatX* xs = x + (size_t)start * C;
+        matmul_forward(logits, ld, xs, w, chunk, C, V, stream);
+        cross_entropy(losses + start, logits, labels + start, scale, dx != NULL, chunk, V, ld, stream);
+        if (!dx) continue;
+        if (dw32)
+            matmul_dw_fp32(dw32, logits, ld, xs, chunk, C, V, start > 0, stream);
+        else
+            matmul_dw_strided(dw, logits, ld, xs, chunk, C, V, true, stream);
+        matmul_dx_strided(dx + (size_t)start * C, logits, ld, w, chunk, C, V, false, stream);
+    }
+    if (!dx || !dw32) return;
+    const size_t n = (size_t)V * C;
+    lm_head_add_kernel<<<(unsigned)ceil_div((int64_t)n, 256 * PACK), 256, 0, stream>>>(dw, dw32, n);
+    launch_check();
+}
+#endif
