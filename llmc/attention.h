@@ -19,10 +19,16 @@ Tiles           a task of the forward pass is one sequence, one kv head, 32 quer
 Shapes          out dout (B, T, NH*HD)    lse (B, NH, T)    q, k, v: rows of any stride, heads side by side
 Numerics        fp32. Each task owns what it writes and sums in a fixed order: same bits for any number of threads.
                 A NaN in v also reaches earlier queries of the same tile, which multiply it by 0
+On the GPU      three back ends behind one interface; queries, keys and values are rows q, k, v side by side (B*T, QKV), as the
+                projection leaves them, and so are their gradients. Causal, T keys for T queries, any T and B
+
+                reference   attention_reference.cuh: matrix products and a softmax between them, T x T in memory. Any HD
+                flash       attention_flash.cuh: our own tensor-core kernels. bf16; HD 32, 48, 64, 128
+                cudnn       attention_cudnn.cuh: cuDNN's kernels, when built with USE_CUDNN. bf16
 Bound by        FLOPs in training: 2 * NH*HD * T^2 a sequence forward (half of the 4 * NH*HD * T^2 of the full square) and
                 2.5 times that backward; memory in generation: 2 * NKV*HD numbers per key and token
 Proved by       dev/test/test_ops.c (finite differences; against a plain T x T softmax; against repeat_kv; with a cache),
-                test_ops_float.c (same bits for any threads; one huge score; NaN)
+                test_ops_float.c (same bits for any threads; one huge score; NaN), gpu/test_attention.cuh (back ends)
 Source          Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022,
                 "FlashAttention"
 */
@@ -37,12 +43,16 @@ Source          Milakov and Gimelshein 2018, "Online normalizer calculation for 
 #include "exp.h"
 #include "softmax.h"
 
+typedef struct {
+    int B, T, NH, NKV, HD;
+} AttentionShape;
+
 enum { ATTENTION_QUERIES = 32, ATTENTION_KEYS = 64 };
 
 // ---- tiles ------------------------------------------------------------------------------------
 
 // n numbers on a cache line's boundary, not set; owned by the caller (free)
-static inline float* attention_scratch(size_t n) {
+static inline float* attention_aligned(size_t n) {
     float* p = (float*)aligned_alloc(64, (n * sizeof(float) + 63) / 64 * 64);
     if (!p) die("out of memory: %zu numbers for attention", n);
     return p;
@@ -146,7 +156,7 @@ static inline void attention_forward_cpu(float* out, float* lse, const float* q,
     const int64_t tasks = (int64_t)tiles * B * NKV;
 #pragma omp parallel if (tasks > 1 && (double)B * T * (pos + T) * NH * HD > 16384)
     {
-        float* kt = attention_scratch((size_t)HD * ATTENTION_KEYS + 2 * (size_t)G * ATTENTION_QUERIES);
+        float* kt = attention_aligned((size_t)HD * ATTENTION_KEYS + 2 * (size_t)G * ATTENTION_QUERIES);
         float *m = kt + (size_t)HD * ATTENTION_KEYS, *l = m + (size_t)G * ATTENTION_QUERIES;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) { // the longest first
@@ -223,7 +233,7 @@ static inline void attention_backward_cpu(float* dq, float* dk, float* dv, const
 #pragma omp parallel if (tasks > 1)
     {
         const size_t tile = (size_t)HD * ATTENTION_KEYS;
-        float *kt = attention_scratch(2 * tile + (size_t)G * T), *vt = kt + tile, *dots = vt + tile;
+        float *kt = attention_aligned(2 * tile + (size_t)G * T), *vt = kt + tile, *dots = vt + tile;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; task++) {
             const size_t b = (size_t)(task / NKV), g = (size_t)(task % NKV), head = g * G;
@@ -234,3 +244,111 @@ static inline void attention_backward_cpu(float* dq, float* dk, float* dv, const
         free(kt);
     }
 }
+
+// ---- CUDA: the back ends ----------------------------------------------------------------------
+
+#ifdef __CUDACC__
+#include "gpu.cuh"
+
+#include "attention_reference.cuh"
+#ifndef PRECISION_FP32
+#include "attention_flash.cuh"
+#endif
+#ifdef USE_CUDNN
+#include "attention_cudnn.cuh"
+#endif
+
+// the slowest first
+typedef enum { ATTENTION_REFERENCE, ATTENTION_FLASH, ATTENTION_CUDNN, N_ATTENTION } AttentionBackend;
+static const char* const attention_names[N_ATTENTION] = { "reference", "flash", "cudnn" };
+
+static inline bool attention_built_with(AttentionBackend backend) {
+#ifndef USE_CUDNN
+    if (backend == ATTENTION_CUDNN) return false;
+#endif
+    return sizeof(floatX) == 2 || backend == ATTENTION_REFERENCE;
+}
+
+// lets cudnn's backward pass sum dq in whatever order its blocks finish. Set before the first call
+static inline void attention_fast(bool fast) {
+#ifdef USE_CUDNN
+    cudnn_attention_fast = fast;
+#endif
+    (void)fast;
+}
+
+// whether the back end takes the shape: for the forward pass and, when backward, for that too
+static inline bool attention_supports(AttentionBackend backend, AttentionShape shape, bool backward, Error* why) {
+    (void)backward;
+    if (sizeof(floatX) == 4 && backend != ATTENTION_REFERENCE) return set_error(why, "built for fp32, bf16 expected");
+    switch (backend) {
+#ifdef USE_CUDNN
+    case ATTENTION_CUDNN: return cudnn_attention_supports(shape, backward, why);
+#endif
+#ifndef PRECISION_FP32
+    case ATTENTION_FLASH: return flash_attention_supports(shape, why);
+#endif
+    case ATTENTION_REFERENCE: return reference_attention_supports(shape, why);
+    default: return set_error(why, "built without cuDNN: make USE_CUDNN=1");
+    }
+}
+
+// the fastest back end that takes the shape, not counting those faster than `most`. why: what was passed over for which reason,
+// empty when nothing was
+static inline AttentionBackend attention_choose(AttentionBackend most, AttentionShape shape, bool backward,
+                                                Error* why) {
+    int backend = (int)most;
+    size_t n = 0;
+    why->text[0] = 0;
+    for (; backend > (int)ATTENTION_REFERENCE; backend--) {
+        Error reason;
+        if (attention_supports((AttentionBackend)backend, shape, backward, &reason)) break;
+        if (n < sizeof why->text)
+            n += (size_t)snprintf(why->text + n, sizeof why->text - n, "%snot %s: %s", n ? "; " : "",
+                                  attention_names[backend], reason.text);
+    }
+    return (AttentionBackend)backend;
+}
+
+// bytes of scratch for a forward pass or, when backward, for either pass
+static inline size_t attention_scratch(AttentionBackend backend, AttentionShape shape, bool backward) {
+    switch (backend) {
+#ifdef USE_CUDNN
+    case ATTENTION_CUDNN: return cudnn_attention_scratch(shape, backward);
+#endif
+#ifndef PRECISION_FP32
+    case ATTENTION_FLASH: return flash_attention_scratch(shape, backward);
+#endif
+    default: return reference_attention_scratch(shape, backward);
+    }
+}
+
+// overwrites out (B*T, NH*HD) and lse (B, NH, T); qkv (B*T, (NH + 2*NKV)*HD). Of a shape that is supported, as below
+static inline void attention_forward(AttentionBackend backend, floatX* out, float* lse, const floatX* qkv,
+                                     AttentionShape shape, void* scratch, cudaStream_t stream) {
+    switch (backend) {
+#ifdef USE_CUDNN
+    case ATTENTION_CUDNN: cudnn_attention_forward(out, lse, qkv, shape, scratch, stream); break;
+#endif
+#ifndef PRECISION_FP32
+    case ATTENTION_FLASH: flash_attention_forward(out, lse, qkv, shape, stream); break;
+#endif
+    default: reference_attention_forward(out, lse, qkv, shape, scratch, stream);
+    }
+}
+
+// overwrites dqkv, which has the layout of qkv
+static inline void attention_backward(AttentionBackend backend, floatX* dqkv, const floatX* dout, const floatX* qkv,
+                                      const floatX* out, const float* lse, AttentionShape shape, void* scratch,
+                                      cudaStream_t stream) {
+    switch (backend) {
+#ifdef USE_CUDNN
+    case ATTENTION_CUDNN: cudnn_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream); break;
+#endif
+#ifndef PRECISION_FP32
+    case ATTENTION_FLASH: flash_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream); break;
+#endif
+    default: reference_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream);
+    }
+}
+#endif
