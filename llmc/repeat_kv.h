@@ -10,7 +10,8 @@ know no groups).
 Shapes          x dx (N, NKV, HD)    y dy (N, NH, HD)
 Numerics        a group's sum in fp32, in the order of its heads
 Bound by        memory: N * (NKV + NH) * HD elements either way
-Proved by       dev/test/test_ops.c (finite differences; attention over repeated heads equals grouped attention)
+Proved by       dev/test/test_ops.c (finite differences; attention over repeated heads equals grouped attention),
+                test_llama3.cu (GPU against CPU)
 Source          Ainslie et al. 2023, "GQA: Training Generalized Multi-Query Transformer Models"
 */
 #pragma once
@@ -44,3 +45,60 @@ static inline void repeat_kv_backward_cpu(float* dx, const float* dy, int N, int
             }
         }
 }
+
+#ifdef __CUDACC__
+#include "gpu.cuh"
+
+// ---- GPU -------------------------------------------------------------------------------------
+// One thread for 16 bytes of x or dx and the G places of y or dy that belong to it, in blocks of 256. Shared head q of all
+// rows goes to heads q*G .. q*G + G-1 of all rows, so that rows need not be told apart.
+
+static __global__ void __launch_bounds__(256) repeat_kv_forward_kernel(floatX* __restrict__ y, const floatX* __restrict__ x,
+                                                                unsigned packs, int G, int HD) {
+    unsigned i = blockIdx.x * blockDim.x + threadIdx.x, P = (unsigned)(HD / PACK);
+    if (i >= packs) return;
+    PackX v = pack_load(x + (size_t)i * PACK);
+    floatX* to = y + (size_t)(i / P) * G * HD + i % P * PACK;
+    for (int j = 0; j < G; j++) pack_store(to + (size_t)j * HD, v);
+}
+
+static __global__ void __launch_bounds__(256) repeat_kv_backward_kernel(floatX* __restrict__ dx, const floatX* __restrict__ dy,
+                                                                 unsigned packs, int G, int HD) {
+    unsigned i = blockIdx.x * blockDim.x + threadIdx.x, P = (unsigned)(HD / PACK);
+    if (i >= packs) return;
+    const floatX* from = dy + (size_t)(i / P) * G * HD + i % P * PACK;
+    float sum[PACK] = { 0 };
+#pragma unroll 4
+    for (int j = 0; j < G; j++) {
+        PackX d = pack_load_once(from + (size_t)j * HD);
+        for (int k = 0; k < PACK; k++) sum[k] += d.get(k);
+    }
+    PackX out;
+    for (int k = 0; k < PACK; k++) out.set(k, sum[k]);
+    pack_store(dx + (size_t)i * PACK, out);
+}
+
+// packs of x: what the kernels number
+static inline unsigned repeat_kv_packs(int64_t N, int NH, int NKV, int HD) {
+    launch_require(HD > 0 && HD % 8 == 0, "repeat_kv", "HD (head_dim) must be a multiple of 8");
+    launch_require(NKV > 0 && NH % NKV == 0, "repeat_kv", "num_attention_heads must be a multiple of num_key_value_heads");
+    int64_t packs = N * NKV * (HD / PACK);
+    launch_require(packs > 0 && packs <= UINT32_MAX - 255, "repeat_kv", "N * NKV * HD is more than one launch can number");
+    return (unsigned)packs;
+}
+
+// overwrites y (N, NH, HD)
+static inline void repeat_kv_forward(floatX* y, const floatX* x, int64_t N, int NH, int NKV, int HD, cudaStream_t stream) {
+    unsigned packs = repeat_kv_packs(N, NH, NKV, HD);
+    repeat_kv_forward_kernel<<<(unsigned)ceil_div(packs, 256), 256, 0, stream>>>(y, x, packs, NH / NKV, HD);
+    launch_check();
+}
+
+// overwrites dx (N, NKV, HD)
+static inline void repeat_kv_backward(floatX* dx, const floatX* dy, int64_t N, int NH, int NKV, int HD,
+                                      cudaStream_t stream) {
+    unsigned packs = repeat_kv_packs(N, NH, NKV, HD);
+    repeat_kv_backward_kernel<<<(unsigned)ceil_div(packs, 256), 256, 0, stream>>>(dx, dy, packs, NH / NKV, HD);
+    launch_check();
+}
+#endif
