@@ -78,6 +78,7 @@ enum {
     FLASH_ROWS = 32,       // of a warp
     FLASH_QUERIES = 128,   // of a block, forward and step 3
     FLASH_TILE = 64,       // keys of a tile, forward; keys of a block and queries of a tile, step 2
+    FLASH_DOT_THREADS = 256, // step 1
     FLASH_STEP3_KEYS = 32, // of a tile: there S, dP and dQ share the registers
 };
 
@@ -400,12 +401,12 @@ __global__ void __launch_bounds__(FLASH_THREADS, HD <= 64 ? 3 : 2)
 
 // ---- backward, step 1: dot[t] = dout[t] . out[t] ----------------------------------------------
 
-// LANES lanes a row of one head, 16 bytes a lane; a block has 256 / LANES rows, of any heads and sequences
+// LANES lanes a row of one head, 16 bytes a lane; a block has FLASH_DOT_THREADS / LANES rows, of any heads and sequences
 template <int HD>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(FLASH_DOT_THREADS)
     flash_backward_dot_kernel(float* dot, const floatX* dout, const floatX* out, int T, int NH, int64_t rows) {
     constexpr int LANES = flash_lanes(HD);
-    const int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) / LANES; // of (B, NH, T)
+    const int64_t i = ((int64_t)blockIdx.x * FLASH_DOT_THREADS + threadIdx.x) / LANES; // of (B, NH, T)
     const int chunk = threadIdx.x % LANES;
     float sum = 0;
     if (i < rows && chunk < HD / 8) {
@@ -609,32 +610,48 @@ static void flash_allow(Kernel kernel, size_t bytes) {
 }
 
 template <int HD>
-static void flash_forward_launch(floatX* out, float* lse, const floatX* qkv, AttentionShape s, cudaStream_t stream) {
+static void flash_forward(floatX* out, float* lse, const floatX* qkv, AttentionShape s, cudaStream_t stream) {
     flash_allow(flash_forward_kernel<HD>, flash_forward_shared<HD>);
     const dim3 grid((unsigned)(s.B * s.NH), (unsigned)ceil_div(s.T, FLASH_QUERIES));
     flash_forward_kernel<HD><<<grid, FLASH_THREADS, flash_forward_shared<HD>, stream>>>(out, lse, qkv, s.T, s.NH, s.NKV,
-                                                                                        1 / sqrtf((float)HD));
+                                                                                       1 / sqrtf((float)HD));
     launch_check();
 }
 
 template <int HD>
-static void flash_backward_launch(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out,
-                                  const float* lse, AttentionShape s, float* dot, cudaStream_t stream) {
-    const float scale = 1 / sqrtf((float)HD);
+static void flash_backward_dot(float* dot, const floatX* dout, const floatX* out, AttentionShape s, cudaStream_t stream) {
     const int64_t rows = (int64_t)s.B * s.NH * s.T;
-    flash_backward_dot_kernel<HD>
-        <<<(unsigned)ceil_div(rows * flash_lanes(HD), 256), 256, 0, stream>>>(dot, dout, out, s.T, s.NH, rows);
+    const unsigned blocks = (unsigned)ceil_div(rows * flash_lanes(HD), FLASH_DOT_THREADS);
+    flash_backward_dot_kernel<HD><<<blocks, FLASH_DOT_THREADS, 0, stream>>>(dot, dout, out, s.T, s.NH, rows);
     launch_check();
+}
+
+template <int HD>
+static void flash_backward_kv(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* dot,
+                              AttentionShape s, cudaStream_t stream) {
     flash_allow(flash_backward_kv_kernel<HD>, flash_backward_kv_shared<HD>);
-    const dim3 keys((unsigned)(s.B * s.NKV), (unsigned)ceil_div(s.T, FLASH_TILE));
-    flash_backward_kv_kernel<HD><<<keys, FLASH_THREADS, flash_backward_kv_shared<HD>, stream>>>(
-        dqkv, dout, qkv, lse, dot, s.T, s.NH, s.NKV, scale);
+    const dim3 grid((unsigned)(s.B * s.NKV), (unsigned)ceil_div(s.T, FLASH_TILE));
+    flash_backward_kv_kernel<HD><<<grid, FLASH_THREADS, flash_backward_kv_shared<HD>, stream>>>(
+        dqkv, dout, qkv, lse, dot, s.T, s.NH, s.NKV, 1 / sqrtf((float)HD));
     launch_check();
+}
+
+template <int HD>
+static void flash_backward_q(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse, const float* dot,
+                             AttentionShape s, cudaStream_t stream) {
     flash_allow(flash_backward_q_kernel<HD>, flash_backward_q_shared<HD>);
-    const dim3 queries((unsigned)(s.B * s.NH), (unsigned)ceil_div(s.T, FLASH_QUERIES));
-    flash_backward_q_kernel<HD><<<queries, FLASH_THREADS, flash_backward_q_shared<HD>, stream>>>(
-        dqkv, dout, qkv, lse, dot, s.T, s.NH, s.NKV, scale);
+    const dim3 grid((unsigned)(s.B * s.NH), (unsigned)ceil_div(s.T, FLASH_QUERIES));
+    flash_backward_q_kernel<HD><<<grid, FLASH_THREADS, flash_backward_q_shared<HD>, stream>>>(
+        dqkv, dout, qkv, lse, dot, s.T, s.NH, s.NKV, 1 / sqrtf((float)HD));
     launch_check();
+}
+
+template <int HD>
+static void flash_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse,
+                           AttentionShape s, float* dot, cudaStream_t stream) {
+    flash_backward_dot<HD>(dot, dout, out, s, stream);
+    flash_backward_kv<HD>(dqkv, dout, qkv, lse, dot, s, stream);
+    flash_backward_q<HD>(dqkv, dout, qkv, lse, dot, s, stream);
 }
 
 // bytes of shared memory of the kernel that needs most
@@ -667,10 +684,10 @@ static inline size_t flash_attention_scratch(AttentionShape s, bool backward) {
 static inline void flash_attention_forward(floatX* out, float* lse, const floatX* qkv, AttentionShape s,
                                            cudaStream_t stream) {
     switch (s.HD) {
-    case 32: flash_forward_launch<32>(out, lse, qkv, s, stream); break;
-    case 48: flash_forward_launch<48>(out, lse, qkv, s, stream); break;
-    case 64: flash_forward_launch<64>(out, lse, qkv, s, stream); break;
-    case 128: flash_forward_launch<128>(out, lse, qkv, s, stream); break;
+    case 32: flash_forward<32>(out, lse, qkv, s, stream); break;
+    case 48: flash_forward<48>(out, lse, qkv, s, stream); break;
+    case 64: flash_forward<64>(out, lse, qkv, s, stream); break;
+    case 128: flash_forward<128>(out, lse, qkv, s, stream); break;
     default: launch_require(false, "attention", "flash takes the head_dim 32, 48, 64 or 128");
     }
 }
@@ -680,10 +697,10 @@ static inline void flash_attention_backward(floatX* dqkv, const floatX* dout, co
                                             const float* lse, AttentionShape s, void* scratch, cudaStream_t stream) {
     float* dot = (float*)scratch;
     switch (s.HD) {
-    case 32: flash_backward_launch<32>(dqkv, dout, qkv, out, lse, s, dot, stream); break;
-    case 48: flash_backward_launch<48>(dqkv, dout, qkv, out, lse, s, dot, stream); break;
-    case 64: flash_backward_launch<64>(dqkv, dout, qkv, out, lse, s, dot, stream); break;
-    case 128: flash_backward_launch<128>(dqkv, dout, qkv, out, lse, s, dot, stream); break;
+    case 32: flash_backward<32>(dqkv, dout, qkv, out, lse, s, dot, stream); break;
+    case 48: flash_backward<48>(dqkv, dout, qkv, out, lse, s, dot, stream); break;
+    case 64: flash_backward<64>(dqkv, dout, qkv, out, lse, s, dot, stream); break;
+    case 128: flash_backward<128>(dqkv, dout, qkv, out, lse, s, dot, stream); break;
     default: launch_require(false, "attention", "flash takes the head_dim 32, 48, 64 or 128");
     }
 }
