@@ -123,6 +123,81 @@ build/lab/%: dev/cpu/%.c Makefile | $(AFTER_DEPS)
 
 bench-cpu-build: $(patsubst dev/cpu/%.c,build/lab/%,$(wildcard dev/cpu/*.c))
 
+# ---- the GPU -----------------------------------------------------------------------------------
+# CUDA_ARCH=80|90|100 (several: "80 90 100"; default: the GPU in this machine, 90 where there is none), PRECISION=BF16|FP32,
+# USE_CUDNN=0|1. CUDA_FLAGS takes more include and library folders
+
+NVCC       ?= nvcc
+PRECISION  ?= BF16
+CUDA_FLAGS ?=
+ifeq ($(filter BF16 FP32,$(PRECISION)),)
+$(error PRECISION=$(PRECISION): expected BF16 or FP32)
+endif
+ifneq ($(filter %cu gpu-objects profile,$(MAKECMDGOALS)),)
+ifeq ($(CUDA_ARCH),)
+CUDA_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '.')
+endif
+ifeq ($(CUDA_ARCH),)
+$(info no GPU here: building for CUDA_ARCH=90)
+CUDA_ARCH := 90
+endif
+endif
+empty :=
+GPU_BUILD := build/$(config)-$(PRECISION)-$(subst $(empty) $(empty),-,$(CUDA_ARCH))
+
+gencode_80  := -gencode=arch=compute_80,code=sm_80
+gencode_90  := -gencode=arch=compute_90a,code=sm_90a
+gencode_100 := -gencode=arch=compute_100,code=sm_100
+NVCCFLAGS_release  := -O3 -lineinfo
+NVCCFLAGS_debug    := -O1 -g -G -DGPU_SYNC
+NVCCFLAGS_sanitize := -O1 -g -lineinfo -DGPU_SYNC
+NVCCFLAGS = -std=c++17 -I. -MMD -MP $(NVCCFLAGS_$(config)) $(foreach arch,$(CUDA_ARCH),$(gencode_$(arch))) -DPRECISION_$(PRECISION) \
+    -Xcompiler -Wall,-Wextra,-Werror,-fopenmp -Xptxas --warn-on-spills $(CUDA_FLAGS)
+# nvcc passes what it does not know on to the linker only when told to
+cuda_flags = $(subst -Wl$(comma)-rpath$(comma),-Xlinker -rpath=,$(call flags,$(1)))
+comma := ,
+CUDA_LIBS = -lcublasLt -lcublas $(CUDNN_LIBS) -lm
+
+need_nvcc = @command -v $(NVCC) >/dev/null || { echo "error: no nvcc: install the CUDA Toolkit, version 12.4 or later; make llama3 needs none" >&2; exit 1; }
+
+## train_llama3cu: the CUDA program
+train_llama3cu: $(GPU_BUILD)/train_llama3cu
+	@cp -f $< $@
+
+$(GPU_BUILD)/train_llama3cu: train_llama3.cu $(CUDNN_OBJECT) $(CORPUS) Makefile | $(AFTER_DEPS)
+	$(need_nvcc)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) -DVERSION='"$(VERSION)"' -o $@ $< $(CUDNN_OBJECT) $(call cuda_flags,$(LIBS)) $(CUDA_LIBS)
+
+## test_llama3cu: what the GPU must prove: ops against the CPU, the whole model against llama3.c and PyTorch, resume
+test_llama3cu: $(GPU_BUILD)/test_llama3cu
+	@cp -f $< $@
+
+GPU_OPS := $(filter-out $(if $(filter 1,$(USE_CUDNN)),,attention_cudnn),$(patsubst dev/test/gpu/test_%.cuh,%,$(wildcard dev/test/gpu/test_*.cuh)))
+GPU_TEST_OBJECTS := $(GPU_OPS:%=$(GPU_BUILD)/op_%.o) $(GPU_BUILD)/gpu_library.o $(GPU_BUILD)/test_llama3.o $(BUILD)/llama3_library.o
+
+$(GPU_BUILD)/test_llama3cu: $(GPU_TEST_OBJECTS) $(CUDNN_OBJECT)
+	$(NVCC) $(NVCCFLAGS) -o $@ $^ $(call cuda_flags,$(LIBS)) $(CUDA_LIBS)
+
+$(GPU_BUILD)/op_%.o: dev/test/gpu/test_ops.cu dev/test/gpu/test_%.cuh Makefile | $(AFTER_DEPS)
+	$(need_nvcc)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) -DOP=$* -c -o $@ $< $(call cuda_flags,$(LIBS))
+
+$(GPU_BUILD)/test_llama3.o: test_llama3.cu Makefile | $(AFTER_DEPS)
+	$(need_nvcc)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) -c -o $@ $< $(call cuda_flags,$(LIBS))
+
+$(GPU_BUILD)/gpu_library.o: train_llama3.cu Makefile | $(AFTER_DEPS)
+	$(need_nvcc)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) -DLLAMA3_LIBRARY -c -o $@ $< $(call cuda_flags,$(LIBS))
+
+$(GPU_BUILD)/attention_cudnn.o: llmc/attention_cudnn.cpp Makefile | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O2 -fopenmp -I. -MMD -MP $(CUDA_INCLUDE) $(CUDNN_FLAGS) $(CUDA_FLAGS) -c -o $@ $<
+
 ## deps: install what is missing (compiler, pkg-config, PCRE2, cJSON, cmocka)
 deps:
 	@scripts/deps.sh
@@ -139,4 +214,4 @@ clean:
 help:
 	@sed -n 's/^## \([a-z0-9_-]*\): \(.*\)/  make \1|\2/p' Makefile | sort | awk -F'|' '{ printf "%-22s %s\n", $$1, $$2 }'
 
--include $(wildcard $(BUILD)/*.d build/fuzz/*.d)
+-include $(wildcard $(BUILD)/*.d $(GPU_BUILD)/*.d build/fuzz/*.d)

@@ -118,14 +118,21 @@ typedef struct {
     size_t n;
 } ParamsFile;
 
+// the name of a tensor in such a file
+static inline void params_name(char to[64], const char* prefix, const char* name) {
+    size_t n = strlen(prefix), m = strlen(name);
+    require(n + m < 64, "names with their prefix fit");
+    memcpy(to, prefix, n);
+    memcpy(to + n, name, m + 1);
+}
+
 static inline void params_add(ParamsFile* file, const char* prefix, const ParamSet* s, Dtype dtype) {
     file->entries = (SafetensorsEntry*)reallocate(file->entries, file->n + (size_t)s->n, sizeof *file->entries);
     for (int i = 0; i < s->n; i++) {
         SafetensorsEntry* e = &file->entries[file->n++];
         const Param* p = &s->list[i];
         memset(e, 0, sizeof *e);
-        require(strlen(prefix) + strlen(p->name) < sizeof e->name, "names with their prefix fit");
-        snprintf(e->name, sizeof e->name, "%s%.54s", prefix, p->name);
+        params_name(e->name, prefix, p->name);
         e->source = *p->tensor;
         e->dtype = dtype;
         e->n_dims = p->rows ? 2 : 1;
@@ -149,7 +156,7 @@ static inline bool params_read(ParamSet* s, const Config* c, const Safetensors* 
     bool ok = true;
     for (int i = 0; i < s->n && ok; i++) {
         Param p = mapped.list[i];
-        snprintf(p.name, sizeof p.name, "%s%.54s", prefix, mapped.list[i].name);
+        params_name(p.name, prefix, mapped.list[i].name);
         ok = llama3_map_tensor(&p, file, err) && params_convert(params_floats(s, i), &p, err);
     }
     params_free(&mapped);

@@ -200,7 +200,7 @@ static inline bool gpu_has_room(const char* name, size_t bytes) {
 
 // the largest fraction of its tolerance that any check of this test used, and which
 inline double gpu_worst_used;
-inline char gpu_worst_name[128];
+inline char gpu_worst_name[256];
 
 static inline bool gpu_check_values(const char* name, const float* got, const float* want, size_t n, double tolerance) {
     Check c = check_compare(got, want, n, tolerance);
