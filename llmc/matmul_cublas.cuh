@@ -16,7 +16,8 @@ Choice          cuBLASLt's heuristic names candidates; at the first use of a sha
                 of their own (zeros would be faster than any real data) and the fastest is kept. matmul_choose does that ahead
                 of time: before the memory is full, before a graph is captured. Choices can be kept as text, a line each,
                 where the algorithm is known by a hash of its 64 bytes: the text never reaches the library, and a line that no
-                candidate answers to is timed anew
+                candidate answers to is timed anew. matmul_cache_read and _write keep them in the user's cache folder. A run
+                that is resumed reads its own first: the first line for a shape counts
 Memory          a workspace of MATMUL_WORKSPACE bytes, which one stream at a time may use
 Proved by       dev/test/gpu/test_matmul.cuh (against the CPU; two runs bit for bit; choices written and read)
 */
@@ -26,6 +27,7 @@ Proved by       dev/test/gpu/test_matmul.cuh (against the CPU; two runs bit for 
 #include <math.h>
 
 #include "error.h"
+#include "file.h"
 #include "gpu.cuh"
 #include "random.h"
 
@@ -57,7 +59,9 @@ typedef struct {
     void* workspace;       // MATMUL_WORKSPACE bytes
     MatmulChoice* choices; // [n] of room for `room`; those not ready were read from text
     int n, room;
-    bool tf32; // fp32 products may round their factors to TF32; set before the first use
+    int timed;    // choices made by timing, and not in the cache yet
+    bool tf32;    // fp32 products may round their factors to TF32; set before the first use
+    bool untimed; // new shapes get the heuristic's favourite: for those that come once, as prompts do
 } Matmul;
 
 // clang-format off
@@ -275,7 +279,11 @@ static inline void matmul_prepare(MatmulChoice* c, cudaStream_t stream) {
                 "another is chosen, "
                 "and its results may differ in their last bits\n",
                 (long long)c->shape.N, (long long)c->shape.C, (long long)c->shape.OC);
-    if (chosen < 0) chosen = n > 1 ? matmul_trial(c, candidates, n, stream) : 0;
+    if (chosen < 0 && !matmul.untimed) {
+        chosen = matmul_trial(c, candidates, n, stream);
+        matmul.timed++;
+    }
+    if (chosen < 0) chosen = 0;
     c->algorithm = candidates[chosen];
     c->mark = matmul_mark(&c->algorithm);
     c->ready = true;
@@ -443,4 +451,41 @@ static inline int matmul_choices_read(const char* text) {
         taken++;
     }
     return taken;
+}
+
+// ---- the user's cache ------------------------------------------------------------------------
+
+// llama3.c/products-of-….txt in $XDG_CACHE_HOME, else in ~/.cache; makes the folder
+static inline bool matmul_cache_path(char* path, Error* err) {
+    const char *cache = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    char folder[PATH_SIZE], title[MATMUL_LINE], name[MATMUL_LINE + 8];
+    const bool named = cache && cache[0] == '/';
+    if (!named && (!home || home[0] != '/')) return set_error(err, "HOME is not set");
+    if (snprintf(folder, sizeof folder, "%s%s/llama3.c", named ? cache : home, named ? "" : "/.cache") >= PATH_SIZE)
+        return set_error(err, "path too long: %.100s…", folder);
+    matmul_title(title);
+    for (char* p = title; *p; p++)
+        if (!strchr("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", *p)) *p = '-';
+    snprintf(name, sizeof name, "%s.txt", title);
+    return make_folders(folder, err) && path_join(path, folder, name, err);
+}
+
+// takes over what earlier runs chose; a cache that is not there or cannot be read costs the time of choosing, no more
+static inline void matmul_cache_read(void) {
+    char path[PATH_SIZE], *text;
+    size_t n;
+    Error ignored;
+    if (!matmul_cache_path(path, &ignored) || !read_file(path, &text, &n, 1 << 20, &ignored)) return;
+    matmul_choices_read(text);
+    free(text);
+}
+
+// keeps what was chosen since
+static inline void matmul_cache_write(void) {
+    char path[PATH_SIZE];
+    Error ignored;
+    if (!matmul.timed || !matmul_cache_path(path, &ignored)) return;
+    char* text = matmul_choices_write();
+    if (write_file(path, text, strlen(text), &ignored)) matmul.timed = 0;
+    free(text);
 }

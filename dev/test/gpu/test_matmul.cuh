@@ -138,6 +138,34 @@ static void matmul_test_choices(void) {
     int taken = matmul_choices_read(again);
     gpu_expect(taken >= 1 && taken < n, "of a damaged text, %d of %d lines are read", taken, n);
     free(text), free(again);
+    matmul_free();
+}
+
+// a cache in a folder of the test's own
+static void matmul_test_cache(void) {
+    char folder[] = "/tmp/test_matmul_XXXXXX", path[PATH_SIZE], *old = getenv("XDG_CACHE_HOME");
+    Error err;
+    old = old ? strdup(old) : NULL;
+    if (!gpu_expect(mkdtemp(folder) != NULL, "a folder in /tmp")) return;
+    setenv("XDG_CACHE_HOME", folder, 1);
+    matmul_cache_read(); // there is none
+    const MatmulShape shape = matmul_shape(MATMUL_FORWARD, false, false, 512, 256, 512, 512);
+    const uint64_t mark = matmul_choose(shape, 0)->mark;
+    matmul_cache_write();
+    matmul_free();
+    matmul_cache_read();
+    gpu_expect(matmul.n == 1 && matmul.choices[0].mark == mark && !matmul.choices[0].ready,
+               "the cache holds the choice");
+    matmul_choose(shape, 0);
+    gpu_expect(matmul.timed == 0, "and it is not timed again");
+    gpu_expect(matmul_cache_path(path, &err) && unlink(path) == 0, "the cache is a file: %s", path);
+    if (old)
+        setenv("XDG_CACHE_HOME", old, 1);
+    else
+        unsetenv("XDG_CACHE_HOME");
+    snprintf(path, sizeof path, "%s/llama3.c", folder);
+    rmdir(path), rmdir(folder), free(old);
+    matmul_free();
 }
 
 static void test_matmul(void) {
@@ -149,5 +177,5 @@ static void test_matmul(void) {
     matmul_test_twice(64, 128, 8192);
     matmul_test_nan();
     matmul_test_choices();
-    matmul_free();
+    matmul_test_cache();
 }
