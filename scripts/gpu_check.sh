@@ -1,0 +1,370 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on a machine without network: builds, tests, measures, and leaves a report of at most eight
+# files in $OUT (default build/gpu_check). A stage that fails or runs out of time takes nothing from those before it.
+#
+#   scripts/gpu_check.sh [STAGE | SHAPE,B,T] …       default: machine build ops model program
+#
+#   machine    what is there                         sanitize   memcheck, racecheck, initcheck
+#   build      programs and tests, BF16 and FP32     learn      the default run; 15M on Shakespeare in both precisions
+#   ops        each op against the CPU               time       tokens per second beside PyTorch's, of SHAPE,B,T … or all
+#   model      the model against llama3.c, PyTorch   kernels    each op's speed, as dev/cuda has it
+#   program    resume, CPU and GPU, mistakes         profile    a step's kernels, and what ncu says of ours
+#   cli        the CPU program's black-box tests
+#
+# Beside the tree it needs a folder, .gpu or $GPU_KIT: deps (a prefix with PCRE2, cJSON, cmocka, cudnn-frontend), data (the
+# test data), bench/peer_torch.py.
+set -u
+cd "$(dirname "$0")/.."
+root=$PWD
+kit=$(realpath "${GPU_KIT:-.gpu}")
+out=${OUT:-$root/build/gpu_check}
+deps=${DEPS:-$kit/deps}
+export LLAMA3_DATA=${LLAMA3_DATA:-$kit/data}
+jobs=$(nproc)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$out"
+summary=$out/summary.txt
+start=$SECONDS
+
+say() { printf '%s\n' "$*" | tee -a "$summary"; }
+
+# check LOG LIMIT NAME COMMAND …: runs it for at most LIMIT seconds, its output behind LOG's, and notes how it ended
+check() {
+    local log=$out/$1 limit=$2 name=$3 begin=$SECONDS code
+    shift 3
+    printf '\n==== %s: %s\n' "$name" "$*" >>"$log"
+    [ "$(type -t "$1")" != function ] || set -- bash -c '"$@"' "$1" "$@" # timeout runs programs alone
+    timeout -k 10 "$limit" "$@" >>"$log" 2>&1
+    code=$?
+    case $code in
+        0) say "$(printf 'ok    %4d s  %s' $((SECONDS - begin)) "$name")" ;;
+        124 | 137) say "$(printf 'TIME  %4d s  %s' $((SECONDS - begin)) "$name")" ;;
+        *) say "$(printf 'FAIL  %4d s  %s (exit %d)' $((SECONDS - begin)) "$name" $code)" ;;
+    esac
+    return $code
+}
+
+# lines of a log since the last ====, that match
+last() { tac "$out/$1" | sed '/^====/q' | tac | grep -E "$2"; }
+show() { last "$1" "$2" | head -n "${3:-20}" | cut -c1-160 | sed 's/^/      /' | tee -a "$summary"; }
+
+# what to build with: where the toolkit lacks cuBLASLt or cuDNN, those of Python's packages, under names a linker finds
+make_extra() {
+    local extra=$root/build/cuda-extra toolkit site name file
+    toolkit=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
+    [ -e "$toolkit/include/cuda_runtime.h" ] || toolkit=/usr/local/cuda
+    site=$(python3 -c 'import nvidia; print(list(nvidia.__path__)[0])' 2>/dev/null)
+    mkdir -p "$extra/include" "$extra/lib"
+    [ -n "$site" ] || return 0
+    local packages="cudnn"
+    [ -e "$toolkit/include/cublasLt.h" ] || packages="$packages cublas cu13"
+    [ -e "$toolkit/include/nvrtc.h" ] || packages="$packages cuda_nvrtc"
+    for name in $packages; do
+        for file in "$site/$name"/include/*.h; do
+            # of a folder that holds the whole toolkit, only what is missing: two versions of one header do not mix
+            case $name in cu13) case ${file##*/} in cublas* | nvrtc*) ;; *) continue ;; esac ;; esac
+            [ -e "$file" ] && ln -sf "$file" "$extra/include/"
+        done
+        for file in "$site/$name"/lib/*.so.*; do
+            case $name in cu13) case ${file##*/} in libcublas* | libnvrtc*) ;; *) continue ;; esac ;; esac
+            [ -e "$file" ] || continue
+            ln -sf "$file" "$extra/lib/"
+            ln -sf "$file" "$extra/lib/$(basename "$file" | sed 's/\.so\..*/.so/')"
+        done
+    done
+}
+
+make_gpu() { make -k -j"$jobs" DEPS="$deps" CUDA_EXTRA="$root/build/cuda-extra" "$@"; }
+folder() { # of the objects of a precision
+    local found
+    found=$(ls -d "$root"/build/release/sm*-"$1"* 2>/dev/null | head -n 1)
+    echo "${found:-/nothing-built}"
+}
+
+stage_machine() {
+    check build.log 60 "machine" bash -c '
+        nvidia-smi; nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap,clocks.max.sm,power.limit --format=csv
+        nvcc --version; gcc --version | head -n 1; uname -r; lscpu | grep "Model name"; nproc; free -g | head -n 2
+        ls /usr/local/cuda/include | grep -E "^(cublasLt|nvrtc|cudnn)\.h|nvtx3"; ls /usr/local/cuda/lib64 | grep -E "cublasLt|nvrtc"
+        command -v ncu compute-sanitizer nsys
+        python3 -c "import torch; print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version())"
+        python3 -c "import nvidia; print(list(nvidia.__path__))"; find / -name "cudnn.h" -not -path "/proc/*" 2>/dev/null'
+    show build.log 'NVIDIA H|release|Model name|^2\.'
+}
+
+stage_build() {
+    make_extra
+    check build.log 120 "build: CPU program and library" make -j"$jobs" DEPS="$deps" llama3 build/release/llama3_library.o
+    # a file that does not compile must not keep the others from running
+    check build.log 420 "build: BF16" make_gpu_all BF16
+    check build.log 420 "build: FP32" make_gpu_all FP32
+    grep -E 'error|undefined reference|: \*\*\*' "$out/build.log" | sort -u | head -n 20 | cut -c1-200 | tee -a "$summary"
+}
+
+make_gpu_all() {
+    local code=0 built
+    make_gpu PRECISION="$1" train_llama3cu test_ops test_llama3cu || code=1
+    if [ $code -ne 0 ]; then # whatever ops there are
+        built=$(ls "$(folder "$1")"/test_*.o 2>/dev/null | sed 's/.*test_\(.*\)\.o/\1/' | grep -v '^llama3$')
+        make_gpu PRECISION="$1" OPS="$(echo $built)" test_ops
+        make_gpu PRECISION="$1" OPS="$(echo $built)" test_llama3cu
+    fi
+    return $code
+}
+
+model_tests="golden gradients prefix lengths no_labels accumulation runs moments learning generation"
+
+stage_ops() {
+    for precision in BF16 FP32; do
+        check tests.log 240 "ops, $precision" "$(folder $precision)/test_ops"
+        show tests.log '^(ok|FAIL|error)'
+    done
+}
+
+stage_model() {
+    for precision in FP32 BF16; do
+        check tests.log 240 "model, $precision" "$(folder $precision)/test_llama3cu" $model_tests
+        show tests.log '^(ok|FAIL|error)'
+    done
+}
+
+stage_sanitize() {
+    local bf16 ours="--kernel-regex kns=_kernel --print-limit 10 --error-exitcode 9"
+    bf16=$(folder BF16)
+    # one program an op: an op that fails leaves the sanitizer of the others alone
+    for op in $(ls "$bf16"/test_*.o | sed 's/.*test_\(.*\)\.o/\1/' | grep -v '^llama3$'); do
+        check sanitize.log 90 "memcheck: $op" compute-sanitizer --tool memcheck $ours "$bf16/test_ops" --reduced "$op"
+        show sanitize.log 'ERROR SUMMARY|^========= (Invalid|Program|.*at .*_kernel)|^error' 5
+        check sanitize.log 90 "racecheck: $op" compute-sanitizer --tool racecheck $ours "$bf16/test_ops" --reduced "$op"
+        show sanitize.log 'RACECHECK SUMMARY|Race reported|^error' 5
+    done
+    check sanitize.log 150 "memcheck: the model" compute-sanitizer --tool memcheck $ours "$bf16/test_llama3cu" --reduced golden gradients
+    show sanitize.log 'ERROR SUMMARY|^(ok|FAIL)'
+    for tool in memcheck initcheck synccheck; do
+        check sanitize.log 120 "$tool: two steps of training" compute-sanitizer --tool $tool $ours "$bf16/train_llama3cu" train \
+            --model tiny --steps 2 --batch 2 --seq 100 --data "$LLAMA3_DATA/tinyshakespeare.txt" --out "$work/$tool" --eval-every 2 --sample-every 2
+        show sanitize.log 'ERROR SUMMARY'
+    done
+}
+
+# ---- the program from outside ------------------------------------------------------------------
+
+# refused WHAT COMMAND …: ends with 1 and one line on stderr that names WHAT
+refused() {
+    local what=$1 code
+    shift
+    "$@" >"$work/refused.out" 2>"$work/refused.err"
+    code=$?
+    cat "$work/refused.err"
+    [ $code -eq 1 ] && grep -q -- "$what" "$work/refused.err" && [ "$(grep -c '^error' "$work/refused.err")" -eq 1 ]
+}
+
+# close_logs A B TOLERANCE: the losses of the same steps, relatively
+close_logs() {
+    python3 - "$@" <<'PYTHON'
+import json, sys
+logs = [{r["step"]: r["train_loss"] for r in map(json.loads, open(p + "/log.jsonl")) if "train_loss" in r} for p in sys.argv[1:3]]
+steps = sorted(logs[0].keys() & logs[1].keys())
+worst = max((abs(logs[0][s] / logs[1][s] - 1), s) for s in steps)
+print(len(steps), "steps, first", steps[0], "last", steps[-1], "losses", logs[0][steps[-1]], logs[1][steps[-1]], "worst", worst)
+sys.exit(not (len(steps) >= 20 and logs[0].keys() == logs[1].keys() and worst[0] <= float(sys.argv[3])))
+PYTHON
+}
+
+same_step() { # A B STEP: weights and optimizer of that step, bit for bit
+    cmp "$1/$3/model.safetensors" "$2/$3/model.safetensors" && cmp "$1/$3/optimizer.safetensors" "$2/$3/optimizer.safetensors"
+}
+
+# killed OUT SIGNAL COMMAND …: sends the signal when the second checkpoint is there, and goes on with --resume
+killed() {
+    local to=$1 signal=$2 pid n=0
+    shift 2
+    "$@" --out "$to" &
+    pid=$!
+    until [ "$(ls -d "$to"/step-* 2>/dev/null | wc -l)" -ge 2 ] || ! kill -0 $pid 2>/dev/null || [ $((n += 1)) -gt 900 ]; do sleep 0.05; done
+    kill -"$signal" $pid || { echo "the run ended before it could be killed"; return 1; }
+    wait $pid
+    echo "killed with $signal: exit $?"
+    [ ! -d "$to/step-00000800" ] || return 1
+    "$1" train --resume --out "$to"
+}
+
+# from step 20 of a run of FROM, the rest by TO: the losses are those of the whole run
+handed_over() {
+    local from=$1 to=$2 run=$3 whole=$4 tolerance=$5
+    rm -rf "$run"
+    cp -r "$whole" "$run"
+    rm -rf "$run"/step-00000040 "$run"/step-00000060
+    "$to" train --resume --out "$run" && close_logs "$run" "$whole" "$tolerance"
+}
+
+eval_loss() { "$1" eval --model "$2" --data "$work/text" --seq 100 --batch 8 | tee /dev/stderr | sed -n 's/^loss \([0-9.]*\).*/\1/p'; }
+same_loss() {
+    local a b
+    a=$(eval_loss "$1" "$3") b=$(eval_loss "$2" "$3")
+    python3 -c "import sys; a, b = $a, $b; print(a, b); sys.exit(abs(a / b - 1) > $4)"
+}
+
+same_text() { # greedy ids
+    local ids="--temperature 0 --tokens 100 --print-ids --ignore-eos --prompt ROMEO:"
+    "$1" generate --model "$3" $ids >"$work/a.ids" && "$2" generate --model "$3" $ids >"$work/b.ids" &&
+        head -c 300 "$work/a.ids" && cmp "$work/a.ids" "$work/b.ids"
+}
+
+stage_program() {
+    local bf16 fp32 cpu=$root/build/release/llama3 text=$LLAMA3_DATA/tinyshakespeare.txt
+    bf16=$(folder BF16)/train_llama3cu fp32=$(folder FP32)/train_llama3cu
+    local run="train --model tiny --data $text --batch 4 --seq 64 --eval-every 20 --eval-steps 2 --sample-every 0 --seed 3"
+
+    check program.log 30 "refused: F no multiple of 8" refused 'intermediate_size\|F 172\|172' "$bf16" generate --model "$LLAMA3_DATA/stories260K/hf" --ids 1 --print-ids --tokens 2
+    check program.log 30 "refused: HD no multiple of 8" refused 'head_dim\|HD' "$bf16" generate --model dev/test/golden/group4 --ids 1 --print-ids --tokens 2
+    check program.log 30 "refused: C no multiple of 8" refused 'hidden_size\|C 36\|head_dim' "$bf16" generate --model dev/test/golden/one_kv --ids 1 --print-ids --tokens 2
+    check program.log 60 "refused: 70B does not fit" refused 'memory\|fit' "$bf16" train --model llama3.1-70B --batch 8 --seq 8192 --steps 1 --data "$text" --tokenizer "$LLAMA3_DATA/llama3" --out "$work/huge"
+    check program.log 30 "refused: no GPU" env CUDA_VISIBLE_DEVICES= bash -c "refused GPU $bf16 $run --steps 1 --out $work/none"
+
+    local whole="$run --steps 800 --checkpoint-every 100 --keep 0"
+    check program.log 90 "a run" "$bf16" $whole --out "$work/whole"
+    check program.log 90 "the same run again" "$bf16" $whole --out "$work/again"
+    check program.log 10 "  the same bits" same_step "$work/whole" "$work/again" step-00000800
+    for signal in TERM KILL; do
+        check program.log 120 "a run ended with SIG$signal and resumed" killed "$work/$signal" $signal "$bf16" $whole
+        check program.log 10 "  the same bits" same_step "$work/whole" "$work/$signal" step-00000800
+    done
+
+    local short="$run --steps 60 --checkpoint-every 20 --keep 0"
+    check program.log 120 "60 steps on the CPU" "$cpu" $short --out "$work/cpu"
+    check program.log 60 "60 steps on the GPU, FP32" "$fp32" $short --out "$work/fp32"
+    check program.log 60 "60 steps on the GPU, BF16" "$bf16" $short --out "$work/bf16"
+    check program.log 10 "  losses: FP32 beside the CPU's" close_logs "$work/fp32" "$work/cpu" 1e-3
+    check program.log 10 "  losses: BF16 beside the CPU's" close_logs "$work/bf16" "$work/cpu" 1e-2
+    check program.log 60 "CPU run resumed on the GPU, FP32" handed_over "$cpu" "$fp32" "$work/h1" "$work/cpu" 1e-3
+    check program.log 60 "CPU run resumed on the GPU, BF16" handed_over "$cpu" "$bf16" "$work/h2" "$work/cpu" 1e-2
+    check program.log 60 "GPU run resumed on the CPU, FP32" handed_over "$fp32" "$cpu" "$work/h3" "$work/fp32" 1e-3
+    check program.log 60 "GPU run resumed on the CPU, BF16" handed_over "$bf16" "$cpu" "$work/h4" "$work/bf16" 1e-2
+    check program.log 60 "micro-batches" "$fp32" ${short/--batch 4/--batch 2 --total-batch 256} --out "$work/micro"
+    check program.log 10 "  losses: those of the whole batch" close_logs "$work/micro" "$work/fp32" 1e-4
+    head -c 50000 "$LLAMA3_DATA/tinystories_val.txt" >"$work/text"
+    check program.log 60 "eval: FP32 beside the CPU's" same_loss "$fp32" "$cpu" "$work/whole" 1e-5
+    check program.log 60 "eval: BF16 beside the CPU's" same_loss "$bf16" "$cpu" "$work/whole" 3e-3
+    check program.log 60 "generate: FP32 beside the CPU's" same_text "$fp32" "$cpu" "$work/whole"
+    check program.log 60 "generate: BF16 runs" "$bf16" generate --model "$work/whole" --prompt "ROMEO:" --tokens 60
+    check program.log 60 "info" "$bf16" info --model llama3.2-1B
+}
+
+stage_cli() {
+    check program.log 300 "build: black-box tests" make -j"$jobs" DEPS="$deps" build/release/test_cli build/release/test_runs
+    for test in test_cli test_runs; do
+        check program.log 280 "$test on the GPU program" env LLAMA3_PROGRAM="$(folder FP32)/train_llama3cu" "build/release/$test"
+        show program.log 'FAILED|PASSED'
+    done
+}
+
+# ---- figures -----------------------------------------------------------------------------------
+
+stage_learn() {
+    local bf16 fp32 text=$LLAMA3_DATA/tinyshakespeare.txt begin
+    bf16=$(folder BF16)/train_llama3cu fp32=$(folder FP32)/train_llama3cu
+    # each line with the second at which it came
+    check learn.log 100 "the default run, for 75 s" bash -c "timeout -s INT 75 $bf16 --out $work/default 2>&1 |
+        python3 -uc 'import sys, time
+t = time.time()
+for line in sys.stdin: print(f\"{time.time() - t:6.1f} {line}\", end=\"\")'; true"
+    show learn.log '^ +[0-9.]+ +(step|[0-9]+[ /])' 3
+    local run="train --model 15M --data $text --steps 300 --batch 16 --seq 256 --lr 1e-3 --eval-every 300 --eval-steps 50 --sample-every 0 --checkpoint-every 0 --seed 5"
+    check learn.log 120 "15M, 300 steps, BF16" "$bf16" $run --out "$work/l16"
+    check learn.log 120 "15M, 300 steps, FP32" "$fp32" $run --out "$work/l32"
+    for p in l16 l32; do tail -n 3 "$work/$p/log.jsonl"; done | tee -a "$summary"
+    for p in l16 l32; do echo "# $p" && cat "$work/$p/log.jsonl"; done >>"$out/learn.log"
+    check learn.log 10 "  losses within 2 % at every step" close_logs "$work/l16" "$work/l32" 2e-2
+}
+
+# SHAPE as peer_torch.py calls it
+preset() { case $1 in 150M) echo llama3-150M ;; 1B) echo llama3.2-1B ;; 3B) echo llama3.2-3B ;; 8B) echo llama3.1-8B ;; *) echo "$1" ;; esac }
+
+random_tokens() { # 4 Mi Llama 3 ids as a .bin file: 256 int32 of header, then uint32
+    python3 - "$1" <<'PYTHON'
+import sys
+import numpy as np
+n = 1 << 22
+header = np.zeros(256, np.int32)
+header[:3] = 20240801, 7, n
+with open(sys.argv[1], "wb") as f:
+    f.write(header.tobytes() + np.random.default_rng(1).integers(0, 128256, n, dtype=np.uint32).tobytes())
+PYTHON
+}
+
+# ours NAME SHAPE B T OPTION …: a line with the median of the last twelve steps, and the memory
+ours() {
+    local name=$1 shape=$2 B=$3 T=$4 log=$work/time-$RANDOM most=0
+    shift 4
+    (while sleep 0.5; do nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits; done >"$work/used") &
+    local watch=$!
+    check time.log 200 "$name" "$(folder BF16)/train_llama3cu" train --model "$(preset "$shape")" --data "$work/random.bin" --batch "$B" --seq "$T" \
+        --steps 15 --warmup 1 --eval-every 0 --sample-every 0 --checkpoint-every 0 --out "$log" "$@"
+    kill $watch 2>/dev/null
+    wait $watch 2>/dev/null
+    most=$(sort -n "$work/used" | tail -n 1)
+    python3 - "$log/log.jsonl" "$name" "$most" <<'PYTHON' | tee -a "$summary" "$out/time.log"
+import json, statistics, sys
+try:
+    rows = [r for r in map(json.loads, open(sys.argv[1])) if "train_loss" in r][-12:]
+    print(f'      {sys.argv[2]}: {statistics.median(r["tok_s"] for r in rows):.0f} tok/s, {statistics.median(r["ms"] for r in rows):.1f} ms, '
+          f'{int(sys.argv[3] or 0) / 1024:.1f} GiB with the CUDA context, loss {rows[-1]["train_loss"]}')
+except (OSError, statistics.StatisticsError) as e:
+    print("      no figures:", e)
+PYTHON
+    show time.log '^(memory|attention|plan)'
+}
+
+stage_time() {
+    local shape B T spec
+    random_tokens "$work/random.bin"
+    for spec in ${shapes:-1B,8,2048 150M,32,1024 1B,4,8192 3B,1,8192}; do
+        IFS=, read -r shape B T <<<"$spec"
+        ours "$spec" "$shape" "$B" "$T"
+        if [ -z "${NO_PEER:-}" ]; then
+            check time.log 280 "$spec, PyTorch" python3 "$kit/bench/peer_torch.py" train "$spec,compile,cudnn"
+            show time.log '"what": "train"'
+        fi
+        ours "$spec, --fast-attention" "$shape" "$B" "$T" --fast-attention
+        ours "$spec, --recompute norms" "$shape" "$B" "$T" --recompute norms
+    done
+}
+
+stage_kernels() {
+    check time.log 300 "build: the kernel lab" make_gpu PRECISION=BF16 bench-cuda-build
+    check time.log 280 "the kernel lab" make DEPS="$deps" CUDA_EXTRA="$root/build/cuda-extra" bench-cuda
+}
+
+stage_profile() {
+    local spec=${shapes:-1B,8,2048} shape B T
+    IFS=, read -r shape B T <<<"${spec%% *}"
+    random_tokens "$work/random.bin"
+    local run="$(folder BF16)/train_llama3cu train --model $(preset "$shape") --data $work/random.bin --batch $B --seq $T --steps 6 --warmup 1
+        --eval-every 0 --sample-every 0 --checkpoint-every 0"
+    check profile.log 200 "time of each kernel" $run --out "$work/timing" --timing
+    last profile.log '.' | tail -n 45 | cut -c1-150 | tee -a "$summary"
+    check profile.log 280 "ncu: our kernels in a step" ncu --clock-control none --kernel-name 'regex:_kernel' --launch-skip 40 --launch-count 40 \
+        --section SpeedOfLight --section LaunchStats --section Occupancy --page details $run --out "$work/ncu" --steps 1
+}
+
+# ---- -----------------------------------------------------------------------------------------
+
+stages="" shapes=""
+for argument in "$@"; do
+    case $argument in
+        machine | build | ops | model | program | cli | sanitize | learn | time | kernels | profile) stages="$stages $argument" ;;
+        *,*,*) shapes="$shapes $argument" ;;
+        *) echo "error: no stage $argument: see the head of $0" >&2 && exit 1 ;;
+    esac
+done
+export root kit out deps jobs work
+export -f $(compgen -A function)
+: >"$summary"
+for stage in ${stages:-machine build ops model program}; do
+    say "== $stage"
+    "stage_$stage"
+done
+say "== $((SECONDS - start)) s; $(grep -c '^ok ' "$summary") ok, $(grep -c '^FAIL' "$summary") failed, $(grep -c '^TIME' "$summary") out of time"
+! grep -q '^FAIL\|^TIME' "$summary"
