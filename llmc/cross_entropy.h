@@ -214,16 +214,15 @@ static __global__ void __launch_bounds__(CROSS_ENTROPY_THREADS, 2)
     const int first = rank * blockDim.x + threadIdx.x, stride = count * blockDim.x;
     const int label = labels[n];
     floatX* x = logits + (size_t)n * ld;
+    int4 held[CROSS_ENTROPY_HELD] = {};
+#pragma unroll
+    for (int i = 0; i < CROSS_ENTROPY_HELD; i++) // under way before the label is known
+        if (first + i * stride < packs) held[i] = __ldcs((const int4*)x + first + i * stride);
     if (label == IGNORED_LABEL) {
         if (first == 0) losses[n] = 0;
         for (int p = first; p < packs && backward; p += stride) pack_store_once(x + (size_t)p * PACK, PackX{});
         return;
     }
-
-    int4 held[CROSS_ENTROPY_HELD] = {};
-#pragma unroll
-    for (int i = 0; i < CROSS_ENTROPY_HELD; i++)
-        if (first + i * stride < packs) held[i] = __ldcs((const int4*)x + first + i * stride);
     float right = first == 0 ? to_float(x[label]) : 0; // before the barrier, hence before anyone overwrites it
 
     CrossEntropySum s = { -FLT_MAX, 0 };
