@@ -142,8 +142,28 @@ $(info no GPU here: building for CUDA_ARCH=90)
 CUDA_ARCH := 90
 endif
 endif
+CUDA_HOME   ?= $(patsubst %/bin/nvcc,%,$(shell command -v $(NVCC)))
+CUDNN_FLAGS ?= $(if $(DEPS),-I$(DEPS)/include)
+
+# cuDNN's attention is used where its headers and those of cudnn-frontend are found; it knows bf16 alone
+ifneq ($(filter %cu gpu-objects profile,$(MAKECMDGOALS)),)
+FOUND_CUDNN := $(shell printf '\043include <cudnn.h>\n\043include <cudnn_frontend.h>\n' | \
+    $(CXX) -E -x c++ -std=c++17 -I$(CUDA_HOME)/include $(CUDNN_FLAGS) $(CUDA_FLAGS) - >/dev/null 2>&1 && echo 1 || echo 0)
+ifeq ($(USE_CUDNN),)
+USE_CUDNN := $(if $(filter FP32,$(PRECISION)),0,$(FOUND_CUDNN))
+endif
+ifeq ($(USE_CUDNN)$(FOUND_CUDNN),10)
+$(error USE_CUDNN=1: no cudnn.h or no cudnn_frontend.h here. Install cuDNN 9 (package libcudnn9-dev-cuda-13, or pip install \
+    nvidia-cudnn-cu13) and the headers of cudnn-frontend (pip install nvidia-cudnn-frontend), and name folders that the \
+    compiler does not search: CUDA_FLAGS="-I… -L…")
+endif
+endif
 empty :=
-GPU_BUILD := build/$(config)-$(PRECISION)-$(subst $(empty) $(empty),-,$(CUDA_ARCH))
+GPU_BUILD := build/$(config)-$(PRECISION)-$(subst $(empty) $(empty),-,$(CUDA_ARCH))$(if $(filter 1,$(USE_CUDNN)),-cudnn)
+ifeq ($(USE_CUDNN),1)
+CUDNN_OBJECT := $(GPU_BUILD)/attention_cudnn.o
+CUDNN_LIBS   := -lcudnn -lnvrtc
+endif
 
 gencode_80  := -gencode=arch=compute_80,code=sm_80
 gencode_90  := -gencode=arch=compute_90a,code=sm_90a
@@ -151,7 +171,7 @@ gencode_100 := -gencode=arch=compute_100,code=sm_100
 NVCCFLAGS_release  := -O3 -lineinfo
 NVCCFLAGS_debug    := -O1 -g -G -DGPU_SYNC
 NVCCFLAGS_sanitize := -O1 -g -lineinfo -DGPU_SYNC
-NVCCFLAGS = -std=c++17 -I. -MMD -MP $(NVCCFLAGS_$(config)) $(foreach arch,$(CUDA_ARCH),$(gencode_$(arch))) -DPRECISION_$(PRECISION) \
+NVCCFLAGS = -std=c++17 -I. -MMD -MP $(NVCCFLAGS_$(config)) $(foreach arch,$(CUDA_ARCH),$(gencode_$(arch))) -DPRECISION_$(PRECISION) $(if $(filter 1,$(USE_CUDNN)),-DUSE_CUDNN) \
     -Xcompiler -Wall,-Wextra,-Werror,-fopenmp -Xptxas --warn-on-spills $(CUDA_FLAGS)
 # nvcc passes what it does not know on to the linker only when told to
 cuda_flags = $(subst -Wl$(comma)-rpath$(comma),-Xlinker -rpath=,$(call flags,$(1)))
@@ -196,7 +216,7 @@ $(GPU_BUILD)/gpu_library.o: train_llama3.cu Makefile | $(AFTER_DEPS)
 
 $(GPU_BUILD)/attention_cudnn.o: llmc/attention_cudnn.cpp Makefile | $(AFTER_DEPS)
 	@mkdir -p $(@D)
-	$(CXX) -std=c++17 -O2 -fopenmp -I. -MMD -MP $(CUDA_INCLUDE) $(CUDNN_FLAGS) $(CUDA_FLAGS) -c -o $@ $<
+	$(CXX) -std=c++17 -O2 -fopenmp -DUSE_CUDNN -I. -MMD -MP -I$(CUDA_HOME)/include $(CUDNN_FLAGS) $(CUDA_FLAGS) -c -o $@ $<
 
 ## deps: install what is missing (compiler, pkg-config, PCRE2, cJSON, cmocka)
 deps:

@@ -616,7 +616,7 @@ bool model_is_finite(const Model* m, Error* err) {
 }
 
 // what a training run takes, by kind
-static void print_plan(const Model* m) {
+static __attribute__((unused)) void print_plan(const Model* m) {
     const double GiB = 0x1p30;
     size_t free_bytes = 0, total = 0;
     cuda_check(cudaMemGetInfo(&free_bytes, &total));
@@ -637,7 +637,9 @@ void model_reserve(Model* m, int B, int T, bool training) {
         m->dw_empty = true;
     }
     m->s = acts_make(&m->c, B, T, B * T, 0, training);
+#ifndef LLAMA3_LIBRARY
     if (training) print_plan(m);
+#endif
 }
 
 double model_loss(Model* m, const int32_t* ids, const int32_t* labels, int B, int T) {
@@ -842,7 +844,7 @@ const float* gpu_gradient(GpuModel* g, const char* name, size_t* n) { return gpu
 
 float gpu_update(GpuModel* g, float lr, float beta1, float beta2, float eps, float weight_decay, float clip) {
     const AdamWOptions o = { lr, beta1, beta2, eps, weight_decay, clip };
-    return llama3_update(g->m, o);
+    return model_update(g->m, o);
 }
 
 void gpu_generate_greedy(GpuModel* g, int32_t* ids, int n_prompt, int n_total) {
