@@ -82,6 +82,8 @@ static inline int matmul_min(int a, int b) { return a < b ? a : b; }
 static inline int matmul_ceil(int a, int b) { return (a + b - 1) / b; }     // a / b, rounded up
 static inline int matmul_up(int a, int b) { return matmul_ceil(a, b) * b; } // a, rounded up to a multiple of b
 
+// how many threads a product is worth. Used as num_threads alone: beside an `if` that is false, clang 14's OpenMP runs the
+// next parallel region on one thread as well
 static inline int matmul_threads(double work, double alone) {
 #ifdef _OPENMP
     if (work > alone) return omp_get_max_threads();
@@ -310,7 +312,7 @@ static inline void matmul_product(float* y, size_t ldy, bool add, MatmulFactor a
     const int s_step = matmul_up(matmul_ceil(s_phase, matmul_ceil(threads, matmul_ceil(O, o_step))), shared_strip);
     float *all = matmul_scratch(threads), *blocks_of_threads = all + MATMUL_SHARED;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads)
     for (int s0 = 0; s0 < S; s0 += s_phase)
         for (int k0 = 0; k0 < K; k0 += k_phase) {
             const int s1 = matmul_min(s0 + s_phase, S), k1 = matmul_min(k0 + k_phase, K);
@@ -395,7 +397,7 @@ static inline void matmul_few(float* y, size_t ldy, const float* x, Tensor w, in
     const int run = matmul_up(1 + 65536 / (int)(C * matmul_bytes(w.dtype)), 4);
     const int threads = matmul_threads((double)C * OC, MATMUL_FEW_ALONE);
     (void)threads;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int o = 0; o < OC; o += run) {
         const char* weights = (const char*)w.data;
         const int end = matmul_min(o + run, OC);
