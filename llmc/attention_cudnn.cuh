@@ -10,7 +10,7 @@ Reproducible    the same run twice gives the same bits, unless cudnn_attention_f
                 in whatever order the blocks finish
 Memory          but for Blackwell, the reproducible backward pass holds 2 * T * T bytes a query head. It runs in pieces that
                 keep to cudnn_attention_limit; a T whose smallest piece, one kv head, takes four times as much is refused
-Shapes          what cuDNN refuses, supports() says in words: another back end has to take it. T = 1 is among them
+Shapes          what cuDNN refuses, supports() says in words: another back end has to take it. T = 1 has no backward pass
 */
 #pragma once
 

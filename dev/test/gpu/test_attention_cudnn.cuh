@@ -34,13 +34,20 @@ static void cudnn_check_parts(const char* name, const float* got, const float* w
     }
 }
 
-static bool cudnn_supported(const char* name, AttentionShape s) {
+static bool cudnn_supported(const char* name, AttentionShape s, bool backward) {
     Error why;
-    bool ok = cudnn_attention_supports(s, true, &why);
+    bool ok = cudnn_attention_supports(s, backward, &why);
     return gpu_expect(ok, "%s: not supported: %s", name, ok ? "" : why.text);
 }
 
-// dqkv of a backward pass whose scratch was NaN everywhere
+// overwrites out and lse, with scratch that was NaN everywhere
+static void cudnn_forward(const GpuArray* out, const GpuFloats* lse, const GpuArray* qkv, AttentionShape s) {
+    GpuBytes scratch = gpu_scratch(cudnn_attention_scratch(s, false));
+    cudnn_attention_forward(out->x, lse->x, qkv->x, s, scratch.x, 0);
+    gpu_free(&scratch);
+}
+
+// dqkv, the same way
 static GpuArray cudnn_backward(const GpuArray* dout, const GpuArray* qkv, const GpuArray* out, const GpuFloats* lse,
                                AttentionShape s) {
     GpuArray dqkv = gpu_poison(qkv->n);
@@ -50,47 +57,64 @@ static GpuArray cudnn_backward(const GpuArray* dout, const GpuArray* qkv, const 
     return dqkv;
 }
 
-// both passes over qkv, the backward pass twice; only_v: dq and dk need only be finite, they are small differences
-static void cudnn_check_shape(const char* name, AttentionShape s, GpuArray qkv, bool only_v) {
-    if (!cudnn_supported(name, s)) return;
+// the forward pass, twice: out and lse are left for the backward pass
+static void cudnn_check_forward(const char* name, AttentionShape s, GpuArray out, GpuFloats lse, GpuArray qkv) {
     char label[96];
-    const int HD = s.HD, row = cudnn_row(s);
-    const size_t rows = (size_t)s.B * s.T, n_out = rows * s.NH * HD, n_lse = rows * s.NH, k = (size_t)s.NH * HD;
-    const size_t v = k + (size_t)s.NKV * HD;
+    const int row = cudnn_row(s);
+    const float *k = qkv.host + (size_t)s.NH * s.HD, *v = k + (size_t)s.NKV * s.HD;
+    float *want_out = (float*)allocate(out.n, sizeof(float)), *want_lse = (float*)allocate(lse.n, sizeof(float));
+    GpuArray first = gpu_poison(out.n);
+    cudnn_forward(&first, &lse, &qkv, s);
+    cudnn_forward(&out, &lse, &qkv, s);
+    attention_forward_cpu(want_out, want_lse, qkv.host, k, v, s.B, s.T, s.T, 0, s.NH, s.NKV, s.HD, row, row);
+    snprintf(label, sizeof label, "%s out", name), gpu_check(label, out, want_out, out.n, gpu_tolerance(2));
+    snprintf(label, sizeof label, "%s lse", name), gpu_check(label, lse, want_lse, lse.n, 1e-4);
+    gpu_check_same(label, out, first);
+    free(want_out), free(want_lse), gpu_free(&first);
+}
 
-    GpuArray out = gpu_poison(n_out), again = gpu_poison(n_out), dout = gpu_random(n_out, 7, 1);
-    GpuFloats lse = gpu_poison_floats(n_lse);
-    GpuBytes scratch = gpu_scratch(cudnn_attention_scratch(s, false));
-    cudnn_attention_forward(again.x, lse.x, qkv.x, s, scratch.x, 0);
-    cudnn_attention_forward(out.x, lse.x, qkv.x, s, scratch.x, 0);
-    gpu_free(&scratch);
-    float *want_out = (float*)allocate(n_out, sizeof(float)), *want_lse = (float*)allocate(n_lse, sizeof(float));
-    attention_forward_cpu(want_out, want_lse, qkv.host, qkv.host + k, qkv.host + v, s.B, s.T, s.T, 0, s.NH, s.NKV, HD,
-                          row, row);
-    snprintf(label, sizeof label, "%s out", name), gpu_check(label, out, want_out, n_out, gpu_tolerance(2));
-    snprintf(label, sizeof label, "%s lse", name), gpu_check(label, lse, want_lse, n_lse, 1e-4);
-    gpu_check_same(name, out, again);
-
+// the backward pass, reproducible and twice, then fast; the CPU's has the same out and lse. only_v: dq and dk need only be
+// finite, they are small differences of large numbers
+static void cudnn_check_backward(const char* name, AttentionShape s, GpuArray out, GpuFloats lse, GpuArray qkv,
+                                 bool only_v) {
+    char label[96];
+    const size_t k = (size_t)s.NH * s.HD, v = k + (size_t)s.NKV * s.HD;
+    const float* q = qkv.host;
+    float *host_out = gpu_read(&out, 0, out.n), *host_lse = gpu_read(&lse, 0, lse.n);
+    GpuArray dout = gpu_random(out.n, 7, 1);
     GpuArray dqkv = cudnn_backward(&dout, &qkv, &out, &lse, s), twice = cudnn_backward(&dout, &qkv, &out, &lse, s);
-    gpu_check_same(name, dqkv, twice);
-    float *got_out = gpu_read(&out, 0, n_out), *got_lse = gpu_read(&lse, 0, n_lse), *got = gpu_read(&dqkv, 0, dqkv.n);
-    float* want = (float*)allocate(dqkv.n, sizeof(float));
-    attention_backward_cpu(want, want + k, want + v, dout.host, qkv.host, qkv.host + k, qkv.host + v, got_out, got_lse,
-                           s.B, s.T, s.NH, s.NKV, HD, row);
+    float *got = gpu_read(&dqkv, 0, dqkv.n), *want = (float*)allocate(dqkv.n, sizeof(float));
+    attention_backward_cpu(want, want + k, want + v, dout.host, q, q + k, q + v, host_out, host_lse, s.B, s.T, s.NH,
+                           s.NKV, s.HD, cudnn_row(s));
+    gpu_check_same(name, dqkv, twice); // neither has a NaN
     cudnn_check_parts(name, got, want, s, only_v);
-
     cudnn_attention_fast = true;
-    if (cudnn_supported(name, s)) {
+    if (cudnn_supported(name, s, true)) {
         GpuArray fast = cudnn_backward(&dout, &qkv, &out, &lse, s);
         float* got_fast = gpu_read(&fast, 0, fast.n);
         snprintf(label, sizeof label, "%s fast", name);
+        gpu_check_same(label, fast, fast); // no NaN
         cudnn_check_parts(label, got_fast, want, s, only_v);
         free(got_fast), gpu_free(&fast);
     }
     cudnn_attention_fast = false;
-    gpu_check_unchanged(name, qkv), gpu_check_unchanged(name, dout);
-    free(want_out), free(want_lse), free(got_out), free(got_lse), free(got), free(want);
-    gpu_free(&out), gpu_free(&again), gpu_free(&dout), gpu_free(&lse), gpu_free(&dqkv), gpu_free(&twice);
+    gpu_check_unchanged(name, dout);
+    free(host_out), free(host_lse), free(got), free(want);
+    gpu_free(&dout), gpu_free(&dqkv), gpu_free(&twice);
+}
+
+static void cudnn_check_shape(const char* name, AttentionShape s, GpuArray qkv, bool only_v) {
+    const bool backward = s.T > 1;
+    Error why;
+    gpu_expect(backward || !cudnn_attention_supports(s, true, &why), "%s: a backward pass of one token is refused",
+               name);
+    if (!cudnn_supported(name, s, backward)) return;
+    GpuArray out = gpu_poison((size_t)s.B * s.T * s.NH * s.HD);
+    GpuFloats lse = gpu_poison_floats((size_t)s.B * s.T * s.NH);
+    cudnn_check_forward(name, s, out, lse, qkv);
+    if (backward) cudnn_check_backward(name, s, out, lse, qkv, only_v);
+    gpu_check_unchanged(name, qkv);
+    gpu_free(&out), gpu_free(&lse);
 }
 
 static void cudnn_test_shapes(void) {
@@ -98,7 +122,8 @@ static void cudnn_test_shapes(void) {
     const AttentionShape shapes[] = { { 1, 64, 4, 4, 64 },    { 3, 128, 8, 2, 64 },   { 2, 256, 4, 2, 32 },
                                       { 2, 256, 6, 2, 48 },   { 1, 200, 4, 1, 128 },  { 3, 200, 6, 2, 64 },
                                       { 1, 1000, 8, 2, 128 }, { 3, 1000, 4, 2, 64 },  { 3, 64, 4, 2, 128 },
-                                      { 1, 2, 2, 1, 64 },     { 2, 1024, 8, 4, 128 }, { 2, 77, 3, 3, 64 } };
+                                      { 1, 2, 2, 1, 64 },     { 2, 1024, 8, 4, 128 }, { 2, 77, 3, 3, 64 },
+                                      { 3, 1, 4, 2, 64 } };
     for (const AttentionShape& s : shapes) {
         if (gpu_reduced && s.T > 256) continue;
         char name[64];
@@ -145,17 +170,16 @@ static void cudnn_test_low_scores(void) {
 static void cudnn_test_large(void) {
     const AttentionShape s = { 8, 2048, 32, 8, 64 };
     const size_t rows = (size_t)s.B * s.T, n = rows * cudnn_row(s), n_out = rows * s.NH * s.HD;
-    if (gpu_reduced || !gpu_has_room("cudnn large", (size_t)4 << 30) || !cudnn_supported("cudnn large", s)) return;
+    if (gpu_reduced || !gpu_has_room("cudnn large", (size_t)4 << 30) || !cudnn_supported("cudnn large", s, true))
+        return;
     GpuArray qkv = gpu_poison(n), out = gpu_poison(n_out), dout = gpu_poison(n_out);
     GpuFloats lse = gpu_poison_floats(rows * s.NH);
     gpu_fill(&qkv, 0, n, 13, 1), gpu_fill(&dout, 0, n_out, 17, 1);
-    GpuBytes scratch = gpu_scratch(cudnn_attention_scratch(s, false));
-    cudnn_attention_forward(out.x, lse.x, qkv.x, s, scratch.x, 0);
-    gpu_free(&scratch);
+    cudnn_forward(&out, &lse, &qkv, s);
     GpuArray dqkv = cudnn_backward(&dout, &qkv, &out, &lse, s), twice = cudnn_backward(&dout, &qkv, &out, &lse, s);
     gpu_check_same("cudnn large", dqkv, twice);
     cudnn_attention_fast = true;
-    if (cudnn_supported("cudnn large, fast", s)) {
+    if (cudnn_supported("cudnn large, fast", s, true)) {
         GpuArray fast = cudnn_backward(&dout, &qkv, &out, &lse, s);
         float *got = gpu_read(&fast, 0, n), *want = gpu_read(&dqkv, 0, n);
         cudnn_check_parts("cudnn large, fast", got, want, s, false);
@@ -170,8 +194,6 @@ static void test_attention_cudnn(void) {
     cudnn_test_pieces();
     cudnn_test_low_scores();
     cudnn_test_large();
-    Error why;
-    gpu_expect(!cudnn_attention_supports({ 1, 1, 2, 1, 64 }, true, &why), "cudnn: T 1 is refused");
 }
 #else
 static void test_attention_cudnn(void) {
