@@ -17,7 +17,7 @@ Each block owns what it writes and sums in a fixed order: two runs give the same
 computed twice in the backward pass (7 products, not 5); adding dQ up from step 2 would need atomics, or blocks that wait
 for each other.
 
-Tiles           what one block of step 2 and the blocks of the others have to do with S (T x T, causal):
+Tiles           what a block has to do with S (T x T, causal):
 
                         keys                            keys
                       0   64  128 192                 0   64  128 192
@@ -61,8 +61,8 @@ Swizzle         a row of a tile is 128 bytes (256 from HD 65 on), so that the 8 
 Numerics        S, dP, maxima and sums in fp32; P and dS are rounded to bf16 as factors of the next product, dP . P included.
                 e^x is ex2.approx(x * log2 e): relative error 2^-22, results below 2^-126 are 0. NaN stays visible; one in v
                 also reaches the earlier queries of its tile
-Bound by        FLOPs: 2 * NH*HD * T^2 a sequence forward, 3.5 times that backward. Shared memory is read at 160 to 210
-                bytes a mma, where a multiprocessor of the H200 could read about 210 in the time of one
+Bound by        FLOPs: 2 * NH*HD * T^2 a sequence forward, 3.5 times that backward. Shared memory is read at 160 to 213
+                bytes a mma (4096 FLOPs), of the 128 a cycle that it gives; powers are 1 for 4*HD FLOPs, of 16 a cycle
 Sizes           HD 32, 48, 64, 128; any T, B; NKV divides NH. sm_80 and up
 Proved by       dev/test/gpu/test_attention.cuh (against the CPU and the reference; two runs bit for bit)
 Source          Dao 2023, "FlashAttention-2" (order of the loops, sum kept for the end); Milakov and Gimelshein 2018
@@ -75,11 +75,11 @@ Source          Dao 2023, "FlashAttention-2" (order of the loops, sum kept for t
 
 enum {
     FLASH_THREADS = 128,
-    FLASH_ROWS = 32,       // of a warp
-    FLASH_QUERIES = 128,   // of a block, forward and step 3
-    FLASH_TILE = 64,       // keys of a tile, forward; keys of a block and queries of a tile, step 2
+    FLASH_ROWS = 32,         // of a warp
+    FLASH_QUERIES = 128,     // of a block, forward and step 3
+    FLASH_TILE = 64,         // keys of a tile, forward; keys of a block and queries of a tile, step 2
     FLASH_DOT_THREADS = 256, // step 1
-    FLASH_STEP3_KEYS = 32, // of a tile: there S, dP and dQ share the registers
+    FLASH_STEP3_KEYS = 32,   // of a tile: there S, dP and dQ share the registers
 };
 
 // bytes from one row of a tile to the next; what does not fill them is not used
@@ -614,12 +614,13 @@ static void flash_forward(floatX* out, float* lse, const floatX* qkv, AttentionS
     flash_allow(flash_forward_kernel<HD>, flash_forward_shared<HD>);
     const dim3 grid((unsigned)(s.B * s.NH), (unsigned)ceil_div(s.T, FLASH_QUERIES));
     flash_forward_kernel<HD><<<grid, FLASH_THREADS, flash_forward_shared<HD>, stream>>>(out, lse, qkv, s.T, s.NH, s.NKV,
-                                                                                       1 / sqrtf((float)HD));
+                                                                                        1 / sqrtf((float)HD));
     launch_check();
 }
 
 template <int HD>
-static void flash_backward_dot(float* dot, const floatX* dout, const floatX* out, AttentionShape s, cudaStream_t stream) {
+static void flash_backward_dot(float* dot, const floatX* dout, const floatX* out, AttentionShape s,
+                               cudaStream_t stream) {
     const int64_t rows = (int64_t)s.B * s.NH * s.T;
     const unsigned blocks = (unsigned)ceil_div(rows * flash_lanes(HD), FLASH_DOT_THREADS);
     flash_backward_dot_kernel<HD><<<blocks, FLASH_DOT_THREADS, 0, stream>>>(dot, dout, out, s.T, s.NH, rows);
