@@ -36,7 +36,7 @@ endif
 
 .DEFAULT_GOAL := llama3
 .DELETE_ON_ERROR:
-.PHONY: help deps test test-parity fuzz fuzz-run bench-cpu bench-cpu-build format clean
+.PHONY: help deps test test-parity fuzz fuzz-run bench-cpu bench-cpu-build test_ops format clean
 
 VERSION := 0.1
 
@@ -125,15 +125,16 @@ bench-cpu-build: $(patsubst dev/cpu/%.c,build/lab/%,$(wildcard dev/cpu/*.c))
 
 # ---- the GPU -----------------------------------------------------------------------------------
 # CUDA_ARCH=80|90|100 (several: "80 90 100"; default: the GPU in this machine, 90 where there is none), PRECISION=BF16|FP32,
-# USE_CUDNN=0|1. CUDA_FLAGS takes more include and library folders
+# USE_CUDNN=0|1. CUDA_EXTRA=/dir names a prefix (include, lib) with what the toolkit's own lacks
 
 NVCC       ?= nvcc
 PRECISION  ?= BF16
-CUDA_FLAGS ?=
+CUDA_EXTRA ?=
+CUDA_FLAGS := $(if $(CUDA_EXTRA),-I$(CUDA_EXTRA)/include -L$(CUDA_EXTRA)/lib)
 ifeq ($(filter BF16 FP32,$(PRECISION)),)
 $(error PRECISION=$(PRECISION): expected BF16 or FP32)
 endif
-ifneq ($(filter %cu gpu-objects profile,$(MAKECMDGOALS)),)
+ifneq ($(filter %cu test_ops gpu-objects,$(MAKECMDGOALS)),)
 ifeq ($(CUDA_ARCH),)
 CUDA_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '.')
 endif
@@ -146,7 +147,7 @@ CUDA_HOME   ?= $(patsubst %/bin/nvcc,%,$(shell command -v $(NVCC)))
 CUDNN_FLAGS ?= $(if $(DEPS),-I$(DEPS)/include)
 
 # cuDNN's attention is used where its headers and those of cudnn-frontend are found; it knows bf16 alone
-ifneq ($(filter %cu gpu-objects profile,$(MAKECMDGOALS)),)
+ifneq ($(filter %cu test_ops gpu-objects,$(MAKECMDGOALS)),)
 FOUND_CUDNN := $(shell printf '\043include <cudnn.h>\n\043include <cudnn_frontend.h>\n' | \
     $(CXX) -E -x c++ -std=c++17 -I$(CUDA_HOME)/include $(CUDNN_FLAGS) $(CUDA_FLAGS) - >/dev/null 2>&1 && echo 1 || echo 0)
 ifeq ($(USE_CUDNN),)
@@ -155,11 +156,11 @@ endif
 ifeq ($(USE_CUDNN)$(FOUND_CUDNN),10)
 $(error USE_CUDNN=1: no cudnn.h or no cudnn_frontend.h here. Install cuDNN 9 (package libcudnn9-dev-cuda-13, or pip install \
     nvidia-cudnn-cu13) and the headers of cudnn-frontend (pip install nvidia-cudnn-frontend), and name folders that the \
-    compiler does not search: CUDA_FLAGS="-I… -L…")
+    compiler does not search, by CUDA_EXTRA=/prefix)
 endif
 endif
 empty :=
-GPU_BUILD := build/$(config)-$(PRECISION)-$(subst $(empty) $(empty),-,$(CUDA_ARCH))$(if $(filter 1,$(USE_CUDNN)),-cudnn)
+GPU_BUILD := build/$(config)/sm$(subst $(empty) $(empty),-,$(CUDA_ARCH))-$(PRECISION)$(if $(filter 1,$(USE_CUDNN)),-cudnn)
 ifeq ($(USE_CUDNN),1)
 CUDNN_OBJECT := $(GPU_BUILD)/attention_cudnn.o
 CUDNN_LIBS   := -lcudnn -lnvrtc
@@ -171,11 +172,11 @@ gencode_100 := -gencode=arch=compute_100,code=sm_100
 NVCCFLAGS_release  := -O3 -lineinfo
 NVCCFLAGS_debug    := -O1 -g -G -DGPU_SYNC
 NVCCFLAGS_sanitize := -O1 -g -lineinfo -DGPU_SYNC
+comma := ,
 NVCCFLAGS = -std=c++17 -I. -MMD -MP $(NVCCFLAGS_$(config)) $(foreach arch,$(CUDA_ARCH),$(gencode_$(arch))) -DPRECISION_$(PRECISION) $(if $(filter 1,$(USE_CUDNN)),-DUSE_CUDNN) \
-    -Xcompiler -Wall,-Wextra,-Werror,-fopenmp -Xptxas --warn-on-spills $(CUDA_FLAGS)
+    -Xcompiler -Wall,-Wextra,-Werror,-fopenmp $(CUDA_FLAGS) $(if $(CUDA_EXTRA),-Xlinker -rpath=$(abspath $(CUDA_EXTRA))/lib)
 # nvcc passes what it does not know on to the linker only when told to
 cuda_flags = $(subst -Wl$(comma)-rpath$(comma),-Xlinker -rpath=,$(call flags,$(1)))
-comma := ,
 CUDA_LIBS = -lcublasLt -lcublas $(CUDNN_LIBS) -lm
 
 need_nvcc = @command -v $(NVCC) >/dev/null || { echo "error: no nvcc: install the CUDA Toolkit, version 12.4 or later; make llama3 needs none" >&2; exit 1; }
@@ -193,13 +194,18 @@ $(GPU_BUILD)/train_llama3cu: train_llama3.cu $(CUDNN_OBJECT) $(CORPUS) Makefile 
 test_llama3cu: $(GPU_BUILD)/test_llama3cu
 	@cp -f $< $@
 
-GPU_OPS := $(filter-out $(if $(filter 1,$(USE_CUDNN)),,attention_cudnn),$(patsubst dev/test/gpu/test_%.cuh,%,$(wildcard dev/test/gpu/test_*.cuh)))
-GPU_TEST_OBJECTS := $(GPU_OPS:%=$(GPU_BUILD)/op_%.o) $(GPU_BUILD)/gpu_library.o $(GPU_BUILD)/test_llama3.o $(BUILD)/llama3_library.o
+OPS := $(filter-out $(if $(CUDNN_OBJECT),,attention_cudnn),$(patsubst dev/test/gpu/test_%.cuh,%,$(wildcard dev/test/gpu/test_*.cuh)))
+OP_OBJECTS := $(OPS:%=$(GPU_BUILD)/test_%.o)
 
-$(GPU_BUILD)/test_llama3cu: $(GPU_TEST_OBJECTS) $(CUDNN_OBJECT)
+$(GPU_BUILD)/test_llama3cu: $(GPU_BUILD)/test_llama3.o $(GPU_BUILD)/gpu_library.o $(OP_OBJECTS) $(BUILD)/llama3_library.o $(CUDNN_OBJECT)
 	$(NVCC) $(NVCCFLAGS) -o $@ $^ $(call cuda_flags,$(LIBS)) $(CUDA_LIBS)
 
-$(GPU_BUILD)/op_%.o: dev/test/gpu/test_ops.cu dev/test/gpu/test_%.cuh Makefile | $(AFTER_DEPS)
+# the ops alone, against their CPU references: for work on a kernel, and for compute-sanitizer
+test_ops: $(GPU_BUILD)/test_ops
+$(GPU_BUILD)/test_ops: dev/test/gpu/test_ops.cu $(OP_OBJECTS) $(CUDNN_OBJECT)
+	$(NVCC) $(NVCCFLAGS) -o $@ $^ $(call cuda_flags,$(LIBS)) $(CUDA_LIBS)
+
+$(OP_OBJECTS): $(GPU_BUILD)/test_%.o: dev/test/gpu/test_ops.cu dev/test/gpu/test_%.cuh Makefile | $(AFTER_DEPS)
 	$(need_nvcc)
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCCFLAGS) -DOP=$* -c -o $@ $< $(call cuda_flags,$(LIBS))
@@ -224,11 +230,11 @@ deps:
 
 ## format: clang-format over every source
 format:
-	clang-format -i *.c llmc/*.h dev/test/*.[ch] dev/cpu/*.c
+	clang-format -i *.c *.cu llmc/*.h llmc/*.cuh llmc/*.cpp dev/test/*.[ch] dev/test/gpu/* dev/cpu/*.c
 
 ## clean: remove everything that was built
 clean:
-	rm -rf build llama3
+	rm -rf build llama3 train_llama3cu test_llama3cu
 
 ## help: this list
 help:

@@ -457,6 +457,9 @@ bool model_load_optimizer(Model* m, const char* folder, int64_t updates, Error* 
     return ok || error_in(err, path);
 }
 
+char* model_choices_write(void) { return NULL; }
+void model_choices_read(const char* text) { (void)text; }
+
 // bytes that acts_make would allocate
 static double acts_bytes(const Config* c, int rows, int positions, int capacity, bool training) {
     Acts s = { 0 };

@@ -546,6 +546,7 @@ bool model_configure(const Options* o, Error* err) {
 static Model* model_empty(const Config* c, bool training) {
     Model* m = (Model*)allocate(1, sizeof *m);
     gpu_start();
+    matmul_cache_read(); // behind the choices of a resumed run, which count first
     m->c = *c;
     m->w = gpu_set_make(c, DTYPE_X, "the weights");
     if (training && DTYPE_X == DTYPE_BF16) m->master = gpu_set_make(c, DTYPE_F32, "the master weights");
@@ -589,6 +590,7 @@ Model* model_load(const char* folder, Error* err) { return model_read(folder, tr
 Model* model_open(const char* folder, Error* err) { return model_read(folder, false, err); }
 
 void model_free(Model* m) {
+    matmul_cache_write();
     gpu_set_free(&m->w), gpu_set_free(&m->master), gpu_set_free(&m->dw), gpu_set_free(&m->m), gpu_set_free(&m->v);
     acts_free(&m->s);
     free(m);
@@ -712,6 +714,16 @@ bool model_load_optimizer(Model* m, const char* folder, int64_t updates, Error* 
     safetensors_close(&file);
     m->updates = updates;
     return ok || error_in(err, path);
+}
+
+char* model_choices_write(void) {
+    matmul_cache_write();
+    return matmul_choices_write();
+}
+
+void model_choices_read(const char* text) {
+    gpu_start();
+    matmul_choices_read(text);
 }
 
 double model_training_bytes(const Config* c, int B, int T) {

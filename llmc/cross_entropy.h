@@ -9,8 +9,8 @@ the same fused with the product that makes the logits.
 A label of -100 is ignored: its loss is 0, its gradient a row of zeros. scale is 1 / (valid labels of the whole step).
 
 Shapes          logits (N, V) of row stride ld    losses labels (N), labels below V    x dx (N, C)    w dw (V, C)
-Numerics        the largest logit is taken off before exp; sums of 4096 terms in fp32, and those in double; the loss in
-                double until it is stored. A NaN logit gives a NaN loss
+Numerics        the largest logit is taken off before exp; sums in double, or a sure token's loss, log of a sum just above
+                1, would lose its digits; the loss in double until it is stored. A NaN logit gives a NaN loss
                 On the GPU: sums in fp32, powers by the ex2 instruction (relative error 2^-22, results below 2^-126 become 0);
                 the gradient is rounded once, after 1 was taken off at the label
 Bound by        the logits, alone: three passes over N*V numbers. With the product: 6*N*V*C FLOPs, beside which they vanish.
@@ -41,20 +41,18 @@ Source          Milakov and Gimelshein 2018; fused in chunks as in Hsu et al. 20
 
 // the sum of e^(x - max), in runs; with store, x becomes those powers
 static inline double cross_entropy_sum(float* x, float max, int V, bool store) {
-    enum { RUN = 4096 };
-    double total = 0;
-    for (int start = 0; start < V; start += RUN) {
-        int end = start + RUN < V ? start + RUN : V;
-        float sum = 0;
-        if (store)
-            sum = softmax_powers(x + start, end - start, max);
-        else {
+    double sum = 0;
+    if (store) {
 #pragma omp simd reduction(+ : sum)
-            for (int v = start; v < end; v++) sum += exp32(x[v] - max);
+        for (int v = 0; v < V; v++) {
+            x[v] = exp32(x[v] - max);
+            sum += (double)x[v];
         }
-        total += sum;
+    } else {
+#pragma omp simd reduction(+ : sum)
+        for (int v = 0; v < V; v++) sum += (double)exp32(x[v] - max);
     }
-    return total;
+    return sum;
 }
 
 // overwrites losses (N) and, with backward, logits by their gradient times scale

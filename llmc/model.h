@@ -78,6 +78,11 @@ MODEL_API bool model_save(const Model* m, const char* folder, Dtype dtype, Error
 MODEL_API bool model_save_optimizer(const Model* m, const char* folder, bool master, Error* err);
 MODEL_API bool model_load_optimizer(Model* m, const char* folder, int64_t updates, Error* err);
 
+// what else a resumed run needs to repeat its bits: the chosen algorithms of matrix products, as text that the caller frees;
+// NULL where there is nothing to choose. Read back before the first model is made
+MODEL_API char* model_choices_write(void);
+MODEL_API void model_choices_read(const char* text);
+
 // bytes to train with batches (B, T) in F32, weights included, and bytes of a sequence of that capacity
 MODEL_API double model_training_bytes(const Config* c, int B, int T);
 MODEL_API double model_sequence_bytes(const Config* c, int capacity);

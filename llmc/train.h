@@ -54,6 +54,9 @@ static inline bool save_state(const Training* t, const char* folder, Error* err)
     cJSON_AddNumberToObject(root, "train_tokens", (double)data_tokens(&t->train));
     if (isfinite(t->best)) json_add_float(root, "best_val_loss", t->best);
     cJSON_AddItemToObject(root, "options", options_to_json(&t->run->o));
+    char* choices = model_choices_write();
+    if (choices) cJSON_AddStringToObject(root, "matrix_algorithms", choices);
+    free(choices);
     return json_write(root, folder, "state.json", err);
 }
 
@@ -101,6 +104,8 @@ static inline void load_state(Training* t) {
     t->position = (uint64_t)position;
     const cJSON* best = json_get(root, "best_val_loss");
     if (cJSON_IsNumber(best)) t->best = best->valuedouble;
+    const cJSON* choices = json_get(root, "matrix_algorithms");
+    if (cJSON_IsString(choices)) model_choices_read(choices->valuestring);
 }
 
 // ---- the start -------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ static void attention_check_backend(AttentionBackend backend, AttentionShape s, 
                                     const char* what, bool only_v) {
     char name[96], label[128];
     snprintf(name, sizeof name, "%s%s B %d T %d NH %d NKV %d HD %d", attention_names[backend], what, s.B, s.T, s.NH, s.NKV, s.HD);
+    const double slack = *what && sizeof(floatX) == 4 ? 10 : 1; // a score of 200 is off by 200 epsilon, in an exponent
     AttentionResult r = attention_result(backend, qkv, dout, s), again = attention_result(backend, qkv, dout, s);
     float *out = gpu_read(&r.out, 0, r.out.n), *lse = gpu_read(&r.lse, 0, r.lse.n), *dqkv = gpu_read(&r.dqkv, 0, r.dqkv.n);
     float *want = (float*)allocate(r.out.n, sizeof *want), *want_lse = (float*)allocate(r.lse.n, sizeof *want);
@@ -75,9 +76,9 @@ static void attention_check_backend(AttentionBackend backend, AttentionShape s, 
     attention_forward_cpu(want, want_lse, qkv->host, qkv->host + k, qkv->host + v, s.B, s.T, s.T, 0, s.NH, s.NKV, s.HD, row, row);
     attention_backward_cpu(gradients, gradients + k, gradients + v, dout->host, qkv->host, qkv->host + k, qkv->host + v, out, lse,
                            s.B, s.T, s.NH, s.NKV, s.HD, row);
-    snprintf(label, sizeof label, "%s out", name), gpu_check(label, r.out, want, r.out.n, gpu_tolerance(ATTENTION_OUT));
+    snprintf(label, sizeof label, "%s out", name), gpu_check(label, r.out, want, r.out.n, slack * gpu_tolerance(ATTENTION_OUT));
     snprintf(label, sizeof label, "%s lse", name), gpu_check(label, r.lse, want_lse, r.lse.n, ATTENTION_LSE);
-    attention_check_gradients(name, dqkv, gradients, s, only_v, gpu_tolerance(ATTENTION_GRADIENT));
+    attention_check_gradients(name, dqkv, gradients, s, only_v, slack * gpu_tolerance(ATTENTION_GRADIENT));
     gpu_check_same(name, r.out, again.out), gpu_check_same(name, r.lse, again.lse), gpu_check_same(name, r.dqkv, again.dqkv);
     gpu_check_unchanged(name, *qkv), gpu_check_unchanged(name, *dout);
     free(out), free(lse), free(dqkv), free(want), free(want_lse), free(gradients);

@@ -72,8 +72,9 @@ static void matmul_test_backward(MatmulTestShape s) {
     gpu_check("matmul dw fp32", wide, want_dw, nw, MATMUL_WIDE_EPS);
     for (size_t i = 0; i < nw; i++) wide_sum.host[i] += want_dw[i], dw_sum.host[i] += want_dw[i];
     for (size_t i = 0; i < nx; i++) dx_sum.host[i] += want_dx[i];
-    gpu_check("matmul dx +=", dx_sum, dx_sum.host, nx, gpu_tolerance(1.1));
-    gpu_check("matmul dw +=", dw_sum, dw_sum.host, nw, gpu_tolerance(1.1));
+    // some of cuBLASLt's kernels round the product before they add it, and the sum again: seen on an H200, up to 1.8
+    gpu_check("matmul dx +=", dx_sum, dx_sum.host, nx, gpu_tolerance(2.2));
+    gpu_check("matmul dw +=", dw_sum, dw_sum.host, nw, gpu_tolerance(2.2));
     gpu_check("matmul dw fp32 +=", wide_sum, wide_sum.host, nw, MATMUL_WIDE_EPS);
     free(dys), free(want_dx), free(want_dw);
     gpu_free(&x), gpu_free(&w), gpu_free(&dy), gpu_free(&dx), gpu_free(&dx_sum), gpu_free(&dw), gpu_free(&dw_sum);
