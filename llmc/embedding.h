@@ -64,8 +64,8 @@ enum {
 
 // one warp copies one row, in blocks of four
 static __global__ void __launch_bounds__(4 * WARP)
-    embedding_forward_kernel(floatX* __restrict__ x, const int32_t* __restrict__ ids, const floatX* __restrict__ w, int N,
-                             int C) {
+    embedding_forward_kernel(floatX* __restrict__ x, const int32_t* __restrict__ ids, const floatX* __restrict__ w,
+                             int N, int C) {
     int n = blockIdx.x * blockDim.y + threadIdx.y;
     if (n >= N) return;
     const floatX* from = w + (size_t)ids[n] * C;
@@ -75,7 +75,8 @@ static __global__ void __launch_bounds__(4 * WARP)
 }
 
 // overwrites x (N, C)
-static inline void embedding_forward(floatX* x, const int32_t* ids, const floatX* w, int N, int C, cudaStream_t stream) {
+static inline void embedding_forward(floatX* x, const int32_t* ids, const floatX* w, int N, int C,
+                                     cudaStream_t stream) {
     launch_require(C > 0 && C % 8 == 0, "embedding", "C (hidden_size) must be a multiple of 8");
     embedding_forward_kernel<<<(unsigned)ceil_div(N, 4), dim3(WARP, 4), 0, stream>>>(x, ids, w, N, C);
     launch_check();
@@ -92,7 +93,8 @@ static __global__ void embedding_rows_kernel(int32_t* rows, int N) {
 
 // sum += rows first, first + step … before end of dx, at the columns that dx points to; four loads are under way at once
 __device__ __forceinline__ void embedding_sum_rows(float (&sum)[PACK], const floatX* __restrict__ dx,
-                                                   const int32_t* __restrict__ rows, int first, int end, int step, int C) {
+                                                   const int32_t* __restrict__ rows, int first, int end, int step,
+                                                   int C) {
     enum { AHEAD = 4 };
     for (; first < end; first += AHEAD * step) {
         PackX d[AHEAD];
@@ -187,8 +189,8 @@ static inline EmbeddingScratch embedding_scratch(void* memory, int N, int V) {
 static inline size_t embedding_backward_scratch(int N, int V) { return embedding_scratch(NULL, N, V).bytes; }
 
 // adds to dw (V, C)
-static inline void embedding_backward(floatX* dw, const floatX* dx, const int32_t* ids, int N, int C, int V, void* scratch,
-                                      cudaStream_t stream) {
+static inline void embedding_backward(floatX* dw, const floatX* dx, const int32_t* ids, int N, int C, int V,
+                                      void* scratch, cudaStream_t stream) {
     launch_require(C > 0 && C % 8 == 0, "embedding", "C (hidden_size) must be a multiple of 8");
     EmbeddingScratch s = embedding_scratch(scratch, N, V);
     embedding_rows_kernel<<<(unsigned)ceil_div(N, 256), 256, 0, stream>>>(s.rows, N);
@@ -196,7 +198,8 @@ static inline void embedding_backward(floatX* dw, const floatX* dx, const int32_
     cuda_check(cub::DeviceRadixSort::SortPairs(s.sort, s.sort_bytes, ids, s.sorted_ids, (const int32_t*)s.rows,
                                                s.sorted_rows, N, 0, s.bits, stream));
     int threads = C / PACK < 256 ? (int)ceil_div(C / PACK, WARP) * WARP : 256;
-    embedding_short_runs_kernel<<<(unsigned)N, (unsigned)threads, 0, stream>>>(dw, dx, s.sorted_ids, s.sorted_rows, N, C);
+    embedding_short_runs_kernel<<<(unsigned)N, (unsigned)threads, 0, stream>>>(dw, dx, s.sorted_ids, s.sorted_rows, N,
+                                                                               C);
     launch_check();
     dim3 grid((unsigned)ceil_div(N, EMBEDDING_LONG), (unsigned)ceil_div(C, WARP * PACK)), block(WARP, EMBEDDING_WARPS);
     embedding_long_runs_kernel<<<grid, block, 0, stream>>>(dw, dx, s.sorted_ids, s.sorted_rows, N, C);

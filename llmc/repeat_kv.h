@@ -53,8 +53,8 @@ static inline void repeat_kv_backward_cpu(float* dx, const float* dy, int N, int
 // One thread for 16 bytes of x or dx and the G places of y or dy that belong to it, in blocks of 256. Shared head q of all
 // rows goes to heads q*G .. q*G + G-1 of all rows, so that rows need not be told apart.
 
-static __global__ void __launch_bounds__(256) repeat_kv_forward_kernel(floatX* __restrict__ y, const floatX* __restrict__ x,
-                                                                unsigned packs, int G, int HD) {
+static __global__ void __launch_bounds__(256)
+    repeat_kv_forward_kernel(floatX* __restrict__ y, const floatX* __restrict__ x, unsigned packs, int G, int HD) {
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x, P = (unsigned)(HD / PACK);
     if (i >= packs) return;
     PackX v = pack_load(x + (size_t)i * PACK);
@@ -62,8 +62,8 @@ static __global__ void __launch_bounds__(256) repeat_kv_forward_kernel(floatX* _
     for (int j = 0; j < G; j++) pack_store(to + (size_t)j * HD, v);
 }
 
-static __global__ void __launch_bounds__(256) repeat_kv_backward_kernel(floatX* __restrict__ dx, const floatX* __restrict__ dy,
-                                                                 unsigned packs, int G, int HD) {
+static __global__ void __launch_bounds__(256)
+    repeat_kv_backward_kernel(floatX* __restrict__ dx, const floatX* __restrict__ dy, unsigned packs, int G, int HD) {
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x, P = (unsigned)(HD / PACK);
     if (i >= packs) return;
     const floatX* from = dy + (size_t)(i / P) * G * HD + i % P * PACK;
@@ -81,14 +81,17 @@ static __global__ void __launch_bounds__(256) repeat_kv_backward_kernel(floatX* 
 // packs of x: what the kernels number
 static inline unsigned repeat_kv_packs(int64_t N, int NH, int NKV, int HD) {
     launch_require(HD > 0 && HD % 8 == 0, "repeat_kv", "HD (head_dim) must be a multiple of 8");
-    launch_require(NKV > 0 && NH % NKV == 0, "repeat_kv", "num_attention_heads must be a multiple of num_key_value_heads");
+    launch_require(NKV > 0 && NH % NKV == 0, "repeat_kv",
+                   "num_attention_heads must be a multiple of num_key_value_heads");
     int64_t packs = N * NKV * (HD / PACK);
-    launch_require(packs > 0 && packs <= UINT32_MAX - 255, "repeat_kv", "N * NKV * HD is more than one launch can number");
+    launch_require(packs > 0 && packs <= UINT32_MAX - 255, "repeat_kv",
+                   "N * NKV * HD is more than one launch can number");
     return (unsigned)packs;
 }
 
 // overwrites y (N, NH, HD)
-static inline void repeat_kv_forward(floatX* y, const floatX* x, int64_t N, int NH, int NKV, int HD, cudaStream_t stream) {
+static inline void repeat_kv_forward(floatX* y, const floatX* x, int64_t N, int NH, int NKV, int HD,
+                                     cudaStream_t stream) {
     unsigned packs = repeat_kv_packs(N, NH, NKV, HD);
     repeat_kv_forward_kernel<<<(unsigned)ceil_div(packs, 256), 256, 0, stream>>>(y, x, packs, NH / NKV, HD);
     launch_check();

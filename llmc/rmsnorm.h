@@ -94,7 +94,8 @@ template <typename Kernel> static inline bool rmsnorm_shared(Kernel kernel, int6
     cuda_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     if (bytes > most - 1024) return false; // what kernels have beside it
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    cuda_check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     return true;
 }
 
@@ -128,30 +129,30 @@ __device__ __forceinline__ PackX rmsnorm_scale(PackX x, float r, PackX w) {
 // else it does not fit and is read again. mean: 1 / C. sum may be a
 template <bool RESIDUAL, bool SHARED>
 static __global__ void __launch_bounds__(1024)
-    rmsnorm_forward_kernel(floatX* sum, floatX* y, float* r, const floatX* a, const floatX* b, const floatX* __restrict__ w,
-                           int N, int C, float mean, float eps) {
+    rmsnorm_forward_kernel(floatX* sum, floatX* y, float* r, const floatX* a, const floatX* b,
+                           const floatX* __restrict__ w, int N, int C, float mean, float eps) {
     extern __shared__ int4 rmsnorm_rows[]; // (rows, C) of a, with RESIDUAL (rows, 2, C) of a and b
     const int n = blockIdx.x * blockDim.y + threadIdx.y, first = threadIdx.x * PACK, step = blockDim.x * PACK;
     const size_t row = (size_t)n * C;
     if (n >= N) return;
-    floatX* const x = SHARED ? (floatX*)rmsnorm_rows + (RESIDUAL ? 2 : 1) * threadIdx.y * C : RESIDUAL ? sum + row : NULL;
+    floatX* const place = (floatX*)rmsnorm_rows + (RESIDUAL ? 2 : 1) * threadIdx.y * C; // of the row in shared memory
+    const floatX *from = SHARED ? place : a + row, *add = SHARED ? place + C : b + row;
     if (SHARED) {
 #pragma unroll 4
         for (int c = first; c < C; c += step) {
-            rmsnorm_copy(x + c, a + row + c);
-            if (RESIDUAL) rmsnorm_copy(x + C + c, b + row + c);
+            rmsnorm_copy(place + c, a + row + c);
+            if (RESIDUAL) rmsnorm_copy(place + C + c, b + row + c);
         }
         rmsnorm_copies_end();
         rmsnorm_copies_wait<0>();
     }
-    const floatX *from = SHARED ? x : a + row, *add = SHARED ? x + C : b + row;
     float squares = 0;
 #pragma unroll 4
     for (int c = first; c < C; c += step) {
         PackX v = pack_load(from + c);
         if (RESIDUAL) {
             v = rmsnorm_add(v, pack_load(add + c));
-            if (SHARED) pack_store(x + c, v);
+            if (SHARED) pack_store(place + c, v);
             pack_store(sum + row + c, v);
         }
         squares += rmsnorm_squares(v);
@@ -159,22 +160,24 @@ static __global__ void __launch_bounds__(1024)
     squares = blockDim.y > 1 ? warp_sum(squares) : block_sum(squares);
     const float rn = rsqrtf(squares * mean + eps);
     if (threadIdx.x == 0) r[n] = rn;
-    if (RESIDUAL) from = x;
+    if (RESIDUAL && !SHARED) from = sum + row;
 #pragma unroll 4
-    for (int c = first; c < C; c += step) pack_store(y + row + c, rmsnorm_scale(pack_load(from + c), rn, pack_load(w + c)));
+    for (int c = first; c < C; c += step)
+        pack_store(y + row + c, rmsnorm_scale(pack_load(from + c), rn, pack_load(w + c)));
 }
 
 template <bool RESIDUAL>
-static inline void rmsnorm_forward_any(floatX* sum, floatX* y, float* r, const floatX* a, const floatX* b, const floatX* w,
-                                       int N, int C, float eps, cudaStream_t stream) {
+static inline void rmsnorm_forward_any(floatX* sum, floatX* y, float* r, const floatX* a, const floatX* b,
+                                       const floatX* w, int N, int C, float eps, cudaStream_t stream) {
     rmsnorm_require(C);
     int threads = rmsnorm_threads(C, 4), rows = threads == WARP ? 4 : 1;
     int64_t shared = (int64_t)rows * (RESIDUAL ? 2 : 1) * C * (int64_t)sizeof(floatX);
+    const float mean = 1.0f / C;
     dim3 grid((unsigned)ceil_div(N, rows)), block((unsigned)(threads < 1024 ? threads : 1024), (unsigned)rows);
     if (rmsnorm_shared(rmsnorm_forward_kernel<RESIDUAL, true>, shared))
         rmsnorm_forward_kernel<RESIDUAL, true>
-            <<<grid, block, (size_t)shared, stream>>>(sum, y, r, a, b, w, N, C, 1.0f / C, eps);
-    else rmsnorm_forward_kernel<RESIDUAL, false><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, 1.0f / C, eps);
+            <<<grid, block, (size_t)shared, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+    else rmsnorm_forward_kernel<RESIDUAL, false><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
     launch_check();
 }
 
@@ -197,8 +200,7 @@ static __global__ void __launch_bounds__(256)
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x, n = i / P;
     if (i >= packs) return;
     PackX v = pack_load_once(x + (size_t)i * PACK), weight = pack_load(w + (size_t)(i - n * P) * PACK);
-    for (int k = 0; k < PACK; k++) v.set(k, weight.get(k) * (v.get(k) * r[n]));
-    pack_store(y + (size_t)i * PACK, v);
+    pack_store(y + (size_t)i * PACK, rmsnorm_scale(v, r[n], weight));
 }
 
 // overwrites y (N, C) with what rmsnorm_forward made of x, to the bit, from its r
@@ -237,7 +239,8 @@ __device__ __forceinline__ float rmsnorm_dot(PackX x, PackX dy, PackX w) {
 }
 
 // dx of 16 bytes of columns; adds to their dw. scale: r^3 * mean(g * x)
-__device__ __forceinline__ PackX rmsnorm_dx(float (&dw)[PACK], PackX x, PackX dy, PackX dres, PackX w, float r, float scale) {
+__device__ __forceinline__ PackX rmsnorm_dx(float (&dw)[PACK], PackX x, PackX dy, PackX dres, PackX w, float r,
+                                            float scale) {
     PackX dx;
     for (int k = 0; k < PACK; k++) {
         dw[k] += dy.get(k) * x.get(k) * r;
@@ -255,7 +258,7 @@ static __global__ void __launch_bounds__(1024)
     __shared__ float sums[2][WARP];
     const int c = threadIdx.x * PACK, part = blockDim.x * PACK, stage = 3 * part;
     const int rows = (N - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x; // of this block
-    const size_t next = (size_t)gridDim.x * C;                                    // from one of them to the one after it
+    const size_t next = (size_t)gridDim.x * C; // from one of them to the one after it
     const int lane = threadIdx.x % WARP;
     const bool inside = c < C;
     floatX* const ring = (floatX*)rmsnorm_rows + c;
@@ -307,7 +310,8 @@ static __global__ void __launch_bounds__(1024)
     for (int64_t n = blockIdx.x; n < N; n += gridDim.x) {
         const size_t row = (size_t)n * C;
         float dot = 0;
-        for (int c = first; c < C; c += step) dot += rmsnorm_dot(pack_load(x + row + c), pack_load(dy + row + c), pack_load(w + c));
+        for (int c = first; c < C; c += step)
+            dot += rmsnorm_dot(pack_load(x + row + c), pack_load(dy + row + c), pack_load(w + c));
         dot = block_sum(dot);
         const float rn = r[n], scale = dot * mean * rn * rn * rn;
         for (int c = first; c < C; c += step) {
@@ -315,8 +319,8 @@ static __global__ void __launch_bounds__(1024)
             if (dres) add = pack_load(dres + row + c);
             float dw[PACK];
             for (int k = 0; k < PACK; k++) dw[k] = sum[c + k];
-            pack_store(dx + row + c,
-                       rmsnorm_dx(dw, pack_load(x + row + c), pack_load(dy + row + c), add, pack_load(w + c), rn, scale));
+            pack_store(dx + row + c, rmsnorm_dx(dw, pack_load(x + row + c), pack_load(dy + row + c), add,
+                                                pack_load(w + c), rn, scale));
             for (int k = 0; k < PACK; k++) sum[c + k] = dw[k];
         }
     }
@@ -352,17 +356,16 @@ static inline size_t rmsnorm_backward_scratch(int C) { return (size_t)rmsnorm_ba
 static inline void rmsnorm_backward(floatX* dx, floatX* dw, const floatX* dy, const floatX* dres, const floatX* x,
                                     const floatX* w, const float* r, int N, int C, void* scratch, cudaStream_t stream) {
     rmsnorm_require(C);
-    float* partial = (float*)scratch;
-    int most = rmsnorm_backward_blocks(C), blocks = (int)ceil_div(N, 8); // 8 rows or more, or the sums cost more than the rows
-    if (blocks > most) blocks = most;
-    int threads = rmsnorm_threads(C, 1);
-    int64_t shared = RMSNORM_STAGES * 3 * 16 * (int64_t)threads;
-    if (threads <= 1024 && rmsnorm_shared(rmsnorm_backward_kernel, shared))
-        rmsnorm_backward_kernel<<<(unsigned)blocks, (unsigned)threads, (size_t)shared, stream>>>(dx, partial, dy, dres, x, w,
-                                                                                               r, N, C, 1.0f / C);
-    else rmsnorm_backward_long_kernel<<<(unsigned)blocks, 1024, 0, stream>>>(dx, partial, dy, dres, x, w, r, N, C, 1.0f / C);
+    float *partial = (float*)scratch, mean = 1.0f / C;
+    // at least 8 rows to a block, or its sums would be much to move beside its rows
+    unsigned blocks = (unsigned)min(ceil_div(N, 8), (int64_t)rmsnorm_backward_blocks(C));
+    unsigned threads = (unsigned)rmsnorm_threads(C, 1);
+    size_t shared = (size_t)RMSNORM_STAGES * 3 * 16 * threads;
+    if (threads <= 1024 && rmsnorm_shared(rmsnorm_backward_kernel, (int64_t)shared))
+        rmsnorm_backward_kernel<<<blocks, threads, shared, stream>>>(dx, partial, dy, dres, x, w, r, N, C, mean);
+    else rmsnorm_backward_long_kernel<<<blocks, 1024, 0, stream>>>(dx, partial, dy, dres, x, w, r, N, C, mean);
     launch_check();
-    rmsnorm_dw_kernel<<<(unsigned)ceil_div(C, WARP), dim3(WARP, WARP), 0, stream>>>(dw, partial, blocks, C);
+    rmsnorm_dw_kernel<<<(unsigned)ceil_div(C, WARP), dim3(WARP, WARP), 0, stream>>>(dw, partial, (int)blocks, C);
     launch_check();
 }
 #endif

@@ -111,7 +111,8 @@ static __global__ void __launch_bounds__(ROPE_WARPS* WARP)
     const int i = (int)(blockIdx.y * WARP + lane % lanes) * W;
     if (task >= tasks || lane >= at_once * lanes || i >= half) return;
 
-    const int start = (int)(task % row_tasks) * per_warp, end = min(start + per_warp, heads), first = start + lane / lanes;
+    const int start = (int)(task % row_tasks) * per_warp, end = min(start + per_warp, heads),
+              first = start + lane / lanes;
     floatX* x1 = x + (size_t)row * ldx + i;
     Bits low[ROPE_TURNS], high[ROPE_TURNS];
 #pragma unroll
@@ -161,13 +162,15 @@ static inline void rope_launch(floatX* x, const float* cos_table, const float* s
     launch_check();
 }
 
-static inline void rope_turn(floatX* x, const float* cos_table, const float* sin_table, int B, int T, int pos, int heads,
-                             int HD, int ldx, float direction, cudaStream_t stream) {
+static inline void rope_turn(floatX* x, const float* cos_table, const float* sin_table, int B, int T, int pos,
+                             int heads, int HD, int ldx, float direction, cudaStream_t stream) {
     launch_require(HD > 0 && HD % 8 == 0, "rope", "HD (head_dim) must be a multiple of 8");
-    launch_require(ldx % 8 == 0 && (int64_t)heads * HD <= ldx, "rope", "rows must hold all heads and start at multiples of 8");
+    launch_require(ldx % 8 == 0 && (int64_t)heads * HD <= ldx, "rope",
+                   "rows must hold all heads and start at multiples of 8");
     int64_t rows = (int64_t)B * T;
     if constexpr (sizeof(floatX) == 2)
-        if (HD / 2 % PACK) return rope_launch<int2>(x, cos_table, sin_table, rows, T, pos, heads, HD, ldx, direction, stream);
+        if (HD / 2 % PACK)
+            return rope_launch<int2>(x, cos_table, sin_table, rows, T, pos, heads, HD, ldx, direction, stream);
     rope_launch<int4>(x, cos_table, sin_table, rows, T, pos, heads, HD, ldx, direction, stream);
 }
 

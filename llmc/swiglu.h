@@ -58,8 +58,8 @@ static inline void swiglu_backward_cpu(float* dgate_up, const float* dy, const f
 
 __device__ __forceinline__ float swiglu_sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
-static __global__ void __launch_bounds__(256) swiglu_forward_kernel(floatX* __restrict__ y, const floatX* __restrict__ gate_up,
-                                                             unsigned packs, unsigned P) {
+static __global__ void __launch_bounds__(256)
+    swiglu_forward_kernel(floatX* __restrict__ y, const floatX* __restrict__ gate_up, unsigned packs, unsigned P) {
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= packs) return;
     size_t from = ((size_t)i + (size_t)(i / P) * P) * PACK;
@@ -69,8 +69,8 @@ static __global__ void __launch_bounds__(256) swiglu_forward_kernel(floatX* __re
 }
 
 // a thread reads all it needs before it writes: dgate_up may be gate_up
-static __global__ void __launch_bounds__(256) swiglu_backward_kernel(floatX* dgate_up, const floatX* dy, const floatX* gate_up,
-                                                              unsigned packs, unsigned P) {
+static __global__ void __launch_bounds__(256)
+    swiglu_backward_kernel(floatX* dgate_up, const floatX* dy, const floatX* gate_up, unsigned packs, unsigned P) {
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= packs) return;
     size_t from = ((size_t)i + (size_t)(i / P) * P) * PACK, F = (size_t)P * PACK;

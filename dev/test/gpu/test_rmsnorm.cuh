@@ -7,6 +7,12 @@ place, with and without a gradient to add to. Results are rounded once; what the
 
 static const float RMSNORM_EPS = 1e-5f;
 
+// of r: the CPU adds up a row in fp32, almost one number after the other, the GPU in some thousand sums
+static double rmsnorm_r_tolerance(int C) { return C <= 16384 ? 1e-5 : 1e-4; }
+
+// of y: one rounding, or what r is off by
+static double rmsnorm_y_tolerance(int C) { return fmax(gpu_tolerance(1.01), rmsnorm_r_tolerance(C)); }
+
 static void rmsnorm_forward_shape(int N, int C) {
     size_t n = (size_t)N * C;
     GpuArray x = gpu_random(n, 1, 2, 0.5f), w = gpu_random(C, 2, 0.3f, 1), y = gpu_poison(n), again = gpu_poison(n);
@@ -15,8 +21,8 @@ static void rmsnorm_forward_shape(int N, int C) {
     rmsnorm_forward_cpu(want, want_r, x.host, w.host, N, C, RMSNORM_EPS);
     rmsnorm_forward(y.x, r.x, x.x, w.x, N, C, RMSNORM_EPS, 0);
     rmsnorm_again(again.x, x.x, r.x, w.x, N, C, 0);
-    gpu_check("rmsnorm y", y, want, n, gpu_tolerance(1.01));
-    gpu_check("rmsnorm r", r, want_r, N, 1e-5);
+    gpu_check("rmsnorm y", y, want, n, rmsnorm_y_tolerance(C));
+    gpu_check("rmsnorm r", r, want_r, N, rmsnorm_r_tolerance(C));
     gpu_check_same("rmsnorm again", y, again);
     gpu_check_unchanged("rmsnorm x", x);
     gpu_check_unchanged("rmsnorm w", w);
@@ -37,8 +43,8 @@ static void rmsnorm_residual_shape(int N, int C) {
     residual_rmsnorm_forward(in_place.x, y_in_place.x, r_in_place.x, in_place.x, b.x, w.x, N, C, RMSNORM_EPS, 0);
     GpuArray stored_sum = gpu_upload(want_sum, n);
     gpu_check_same("residual sum", sum, stored_sum);
-    gpu_check("residual rmsnorm y", y, want, n, gpu_tolerance(1.01));
-    gpu_check("residual rmsnorm r", r, want_r, N, 1e-5);
+    gpu_check("residual rmsnorm y", y, want, n, rmsnorm_y_tolerance(C));
+    gpu_check("residual rmsnorm r", r, want_r, N, rmsnorm_r_tolerance(C));
     gpu_check_same("residual sum in place", sum, in_place);
     gpu_check_same("residual rmsnorm in place", y, y_in_place);
     gpu_check_same("residual rmsnorm r in place", r, r_in_place);
