@@ -7,7 +7,7 @@
 #   machine    what is there                         sanitize   memcheck, racecheck, initcheck
 #   build      programs and tests, BF16 and FP32     learn      the default run; 15M on Shakespeare in both precisions
 #   ops        each op against the CPU               time       tokens per second beside PyTorch's, of SHAPE,B,T … or all
-#   model      the model against llama3.c, PyTorch   kernels    each op's speed, as dev/cuda has it
+#   model      the model against llama3.c, PyTorch   kernels    the ops alone: dev/test/gpu/bench_*.cu
 #   program    resume, CPU and GPU, mistakes         profile    a step's kernels, and what ncu says of ours
 #   cli        the CPU program's black-box tests
 #
@@ -78,7 +78,7 @@ make_extra() {
 make_gpu() { make -k -j"$jobs" DEPS="$deps" CUDA_EXTRA="$root/build/cuda-extra" "$@"; }
 folder() { # of the objects of a precision
     local found
-    found=$(ls -d "$root"/build/release/sm*-"$1"* 2>/dev/null | head -n 1)
+    found=$(ls -dt "$root"/build/release/sm*-"$1"* 2>/dev/null | head -n 1)
     echo "${found:-/nothing-built}"
 }
 
@@ -96,16 +96,18 @@ stage_machine() {
 stage_build() {
     make_extra
     check build.log 120 "build: CPU program and library" make -j"$jobs" DEPS="$deps" llama3 build/release/llama3_library.o
-    # a file that does not compile must not keep the others from running
-    check build.log 420 "build: BF16" make_gpu_all BF16
-    check build.log 420 "build: FP32" make_gpu_all FP32
+    check build.log 420 "build: BF16" make_gpu_all BF16 &
+    check build32.log 420 "build: FP32" make_gpu_all FP32 &
+    wait
+    cat "$out/build32.log" >>"$out/build.log" && rm "$out/build32.log"
     grep -E 'error|undefined reference|: \*\*\*' "$out/build.log" | sort -u | head -n 20 | cut -c1-200 | tee -a "$summary"
 }
 
+# a file that does not compile does not keep the others from running
 make_gpu_all() {
     local code=0 built
     make_gpu PRECISION="$1" train_llama3cu test_ops test_llama3cu || code=1
-    if [ $code -ne 0 ]; then # whatever ops there are
+    if [ $code -ne 0 ]; then
         built=$(ls "$(folder "$1")"/test_*.o 2>/dev/null | sed 's/.*test_\(.*\)\.o/\1/' | grep -v '^llama3$')
         make_gpu PRECISION="$1" OPS="$(echo $built)" test_ops
         make_gpu PRECISION="$1" OPS="$(echo $built)" test_llama3cu
@@ -333,8 +335,16 @@ stage_time() {
 }
 
 stage_kernels() {
-    check time.log 300 "build: the kernel lab" make_gpu PRECISION=BF16 bench-cuda-build
-    check time.log 280 "the kernel lab" make DEPS="$deps" CUDA_EXTRA="$root/build/cuda-extra" bench-cuda
+    local file arch
+    arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+    [ "$arch" != 90 ] || arch=90a
+    make_extra
+    for file in dev/test/gpu/bench_*.cu; do
+        check time.log 150 "build: $file" nvcc -std=c++17 -O3 -lineinfo -I. -Ibuild/cuda-extra/include -Lbuild/cuda-extra/lib \
+            -gencode="arch=compute_$arch,code=sm_$arch" -Xcompiler -fopenmp -o "$work/bench" "$file" -lcublasLt -lcublas || continue
+        check time.log 120 "$file" "$work/bench"
+        show time.log . 60
+    done
 }
 
 stage_profile() {
