@@ -147,7 +147,7 @@ static __global__ void __launch_bounds__(1024)
         rmsnorm_copies_wait<0>();
     }
     float squares = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int c = first; c < C; c += step) {
         PackX v = pack_load(from + c);
         if (RESIDUAL) {
