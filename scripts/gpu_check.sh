@@ -33,7 +33,7 @@ say() { printf '%s\n' "$*" | tee -a "$summary"; }
 check() {
     local log=$out/$1 limit=$2 name=$3 begin=$SECONDS code
     shift 3
-    printf '\n==== %s: %s\n' "$name" "$*" >>"$log"
+    printf '\n==== %s: %s\n' "$name" "$(tr '\n' ' ' <<<"$*")" >>"$log"
     [ "$(type -t "$1")" != function ] || set -- bash -c '"$@"' "$1" "$@" # timeout runs programs alone
     timeout -k 10 "$limit" "$@" >>"$log" 2>&1
     code=$?
@@ -45,15 +45,14 @@ check() {
     return $code
 }
 
-# lines of a log since the last ====, that match
-last() { tac "$out/$1" | sed '/^====/q' | tac | grep -E "$2"; }
+# what the last command of a log printed, the lines that match
+last() { tac "$out/$1" | sed '/^==== /Q' | tac | grep -E "$2"; }
 show() { last "$1" "$2" | head -n "${3:-20}" | cut -c1-160 | sed 's/^/      /' | tee -a "$summary"; }
 
-# what to build with: where the toolkit lacks cuBLASLt or cuDNN, those of Python's packages, under names a linker finds
+# cuDNN and, where the toolkit lacks them, cuBLASLt and NVRTC, from Python's packages, under names a linker finds
 make_extra() {
     local extra=$root/build/cuda-extra toolkit site name file
-    toolkit=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
-    [ -e "$toolkit/include/cuda_runtime.h" ] || toolkit=/usr/local/cuda
+    toolkit=$(echo | nvcc -dryrun -x cu -E - 2>&1 | sed -n 's/^#\$ TOP=//p')
     site=$(python3 -c 'import nvidia; print(list(nvidia.__path__)[0])' 2>/dev/null)
     mkdir -p "$extra/include" "$extra/lib"
     [ -n "$site" ] || return 0
@@ -89,7 +88,7 @@ stage_machine() {
         ls /usr/local/cuda/include | grep -E "^(cublasLt|nvrtc|cudnn)\.h|nvtx3"; ls /usr/local/cuda/lib64 | grep -E "cublasLt|nvrtc"
         command -v ncu compute-sanitizer nsys
         python3 -c "import torch; print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version())"
-        python3 -c "import nvidia; print(list(nvidia.__path__))"; find / -name "cudnn.h" -not -path "/proc/*" 2>/dev/null'
+        python3 -c "import nvidia; print(list(nvidia.__path__))"; find / -name "cudnn.h" -not -path "/proc/*" 2>/dev/null; true'
     show build.log 'NVIDIA H|release|Model name|^2\.'
 }
 
@@ -100,7 +99,7 @@ stage_build() {
     check build32.log 420 "build: FP32" make_gpu_all FP32 &
     wait
     cat "$out/build32.log" >>"$out/build.log" && rm "$out/build32.log"
-    grep -E 'error|undefined reference|: \*\*\*' "$out/build.log" | sort -u | head -n 20 | cut -c1-200 | tee -a "$summary"
+    grep -E '(^|[ :])(fatal )?error( |:)|undefined reference|: \*\*\*' "$out/build.log" | grep -v '^nvcc\|^gcc' | sort -u | head -n 20 | cut -c1-200 | tee -a "$summary"
 }
 
 # a file that does not compile does not keep the others from running
@@ -131,23 +130,54 @@ stage_model() {
     done
 }
 
+# sanitized TOOL NAME COMMAND …: of our kernels alone, whose names end in _kernel
+sanitized() {
+    local tool=$1 log="sanitize-$1-$2.log"
+    shift
+    check "$log" 240 "$tool: $1" compute-sanitizer --tool "$tool" --kernel-name kns=_kernel --print-limit 10 --error-exitcode 9 "${@:2}"
+    show "$log" 'SUMMARY|^========= (Invalid|Uninit|Program|.*_kernel)|^error|^FAIL' 6
+    cat "$out/$log" >>"$out/sanitize.log" && rm "$out/$log"
+}
+
+# what the sanitizer must find, with the same options
+planted() {
+    cat >"$work/planted.cu" <<'CUDA'
+static __global__ void planted_kernel(float* x) {
+    __shared__ float s[64];
+    s[threadIdx.x ^ 32] = x[threadIdx.x];
+    x[threadIdx.x + 32] = s[threadIdx.x];
+}
+int main(void) {
+    float* x;
+    cudaMalloc(&x, 64 * sizeof *x);
+    planted_kernel<<<1, 64, 0, 0>>>(x);
+    return cudaDeviceSynchronize() != cudaSuccess;
+}
+CUDA
+    nvcc -arch=native -lineinfo -o "$work/planted" "$work/planted.cu" || return 1
+    for tool in memcheck racecheck initcheck; do
+        compute-sanitizer --tool $tool --kernel-name kns=_kernel --print-limit 1 --error-exitcode 9 "$work/planted"
+        [ $? -eq 9 ] || { echo "$tool misses it"; return 1; }
+    done
+}
+
 stage_sanitize() {
-    local bf16 ours="--kernel-regex kns=_kernel --print-limit 10 --error-exitcode 9"
+    local bf16 op tool running=0
     bf16=$(folder BF16)
-    # one program an op: an op that fails leaves the sanitizer of the others alone
-    for op in $(ls "$bf16"/test_*.o | sed 's/.*test_\(.*\)\.o/\1/' | grep -v '^llama3$'); do
-        check sanitize.log 90 "memcheck: $op" compute-sanitizer --tool memcheck $ours "$bf16/test_ops" --reduced "$op"
-        show sanitize.log 'ERROR SUMMARY|^========= (Invalid|Program|.*at .*_kernel)|^error' 5
-        check sanitize.log 90 "racecheck: $op" compute-sanitizer --tool racecheck $ours "$bf16/test_ops" --reduced "$op"
-        show sanitize.log 'RACECHECK SUMMARY|Race reported|^error' 5
+    check sanitize.log 60 "the sanitizer finds what was planted" planted
+    for tool in memcheck racecheck; do
+        for op in $(ls "$bf16"/test_*.o | sed 's/.*test_\(.*\)\.o/\1/' | grep -v '^llama3$'); do
+            sanitized $tool "$op" "$bf16/test_ops" --reduced "$op" &
+            [ $((running = (running + 1) % 6)) -ne 0 ] || wait
+        done
     done
-    check sanitize.log 150 "memcheck: the model" compute-sanitizer --tool memcheck $ours "$bf16/test_llama3cu" --reduced golden gradients
-    show sanitize.log 'ERROR SUMMARY|^(ok|FAIL)'
-    for tool in memcheck initcheck synccheck; do
-        check sanitize.log 120 "$tool: two steps of training" compute-sanitizer --tool $tool $ours "$bf16/train_llama3cu" train \
-            --model tiny --steps 2 --batch 2 --seq 100 --data "$LLAMA3_DATA/tinyshakespeare.txt" --out "$work/$tool" --eval-every 2 --sample-every 2
-        show sanitize.log 'ERROR SUMMARY'
+    wait
+    sanitized memcheck model "$bf16/test_llama3cu" --reduced golden gradients generation &
+    for tool in memcheck racecheck initcheck synccheck; do
+        sanitized $tool training "$bf16/train_llama3cu" train --model tiny --steps 2 --batch 2 --seq 100 --eval-every 2 --sample-every 2 \
+            --data "$LLAMA3_DATA/tinyshakespeare.txt" --out "$work/$tool" &
     done
+    wait
 }
 
 # ---- the program from outside ------------------------------------------------------------------
@@ -351,12 +381,12 @@ stage_profile() {
     local spec=${shapes:-1B,8,2048} shape B T
     IFS=, read -r shape B T <<<"${spec%% *}"
     random_tokens "$work/random.bin"
-    local run="$(folder BF16)/train_llama3cu train --model $(preset "$shape") --data $work/random.bin --batch $B --seq $T --steps 6 --warmup 1
+    local run="$(folder BF16)/train_llama3cu train --model $(preset "$shape") --data $work/random.bin --batch $B --seq $T --warmup 1
         --eval-every 0 --sample-every 0 --checkpoint-every 0"
-    check profile.log 200 "time of each kernel" $run --out "$work/timing" --timing
+    check profile.log 200 "time of each kernel" $run --steps 6 --out "$work/timing" --timing
     last profile.log '.' | tail -n 45 | cut -c1-150 | tee -a "$summary"
     check profile.log 280 "ncu: our kernels in a step" ncu --clock-control none --kernel-name 'regex:_kernel' --launch-skip 40 --launch-count 40 \
-        --section SpeedOfLight --section LaunchStats --section Occupancy --page details $run --out "$work/ncu" --steps 1
+        --section SpeedOfLight --section LaunchStats --section Occupancy --page details $run --steps 1 --out "$work/ncu"
 }
 
 # ---- -----------------------------------------------------------------------------------------
@@ -371,7 +401,7 @@ for argument in "$@"; do
 done
 export root kit out deps jobs work
 export -f $(compgen -A function)
-: >"$summary"
+rm -f "$out"/*.log "$summary"
 for stage in ${stages:-machine build ops model program}; do
     say "== $stage"
     "stage_$stage"
