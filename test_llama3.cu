@@ -19,6 +19,7 @@ Tolerance       FP32: 1e-4 of the scale, losses 1e-5, as llama3.c against PyTorc
 */
 #include <unistd.h>
 
+#include "dev/test/golden.h"
 #include "dev/test/gpu/gpu_test.cuh"
 #include "llmc/config.h"
 #include "llmc/file.h"
@@ -40,7 +41,7 @@ typedef struct {
     char name[32], folder[64];
     int B, T;
     int32_t *ids, *labels; // (B, T)
-    Safetensors golden;    // of a golden state, what PyTorch says
+    Golden golden;         // of a golden state, what PyTorch says
 } Case;
 
 typedef struct {
@@ -119,37 +120,22 @@ static Case case_seeded(const Sizes* z) {
     return k;
 }
 
-// a copy of tensor name of the golden state, which must hold n numbers of 4 bytes; owned by the caller
-static void* golden_copy(const Case* k, const char* name, size_t n) {
-    const SafeTensor* t = safetensors_find(&k->golden, name);
-    if (!t || t->bytes != n * 4) die("%s: no %s of %zu numbers in golden.safetensors", k->name, name, n);
-    void* copy = allocate(n, 4);
-    memcpy(copy, t->data, n * 4);
-    return copy;
-}
-
 static Case case_golden(const char* name) {
     Case k = {};
-    Error err;
-    char path[PATH_SIZE];
+    k.golden = golden_open(name);
     snprintf(k.name, sizeof k.name, "%s", name);
-    snprintf(k.folder, sizeof k.folder, "dev/test/golden/%s", name);
-    if (!path_join(path, k.folder, "golden.safetensors", &err) || !safetensors_open(&k.golden, path, &err))
-        die("%s", err.text);
-    const SafeTensor* ids = safetensors_find(&k.golden, "ids");
-    if (!ids || ids->n_dims != 2) die("%s: no ids of two dimensions in golden.safetensors", name);
-    k.B = (int)ids->shape[0], k.T = (int)ids->shape[1];
-    k.ids = (int32_t*)golden_copy(&k, "ids", (size_t)k.B * k.T);
-    k.labels = (int32_t*)golden_copy(&k, "labels", (size_t)k.B * k.T);
+    snprintf(k.folder, sizeof k.folder, "%s", k.golden.folder);
+    k.B = k.golden.B, k.T = k.golden.T, k.ids = k.golden.ids, k.labels = k.golden.labels;
     return k;
 }
 
 static void case_free(Case* k) {
-    if (k->golden.n)
-        safetensors_close(&k->golden);
-    else
+    if (k->golden.name) {
+        golden_close(&k->golden);
+    } else {
         folder_remove(k->folder);
-    free(k->ids), free(k->labels);
+        free(k->ids), free(k->labels);
+    }
 }
 
 static int count_valid(const int32_t* labels, int n) {
@@ -427,15 +413,15 @@ static void check_curve(const char* what, const ParamSet* set, const Curve* got,
 static void use_golden(Oracle* o, const Case* k) {
     size_t at = 0;
     pass_free(&o->want);
-    float* loss = (float*)golden_copy(k, "loss", 1);
+    float* loss = (float*)golden_copy(&k->golden, "loss", "F32", 1);
     o->want.loss = *loss;
     free(loss);
-    o->want.logits = (float*)golden_copy(k, "logits", o->n_logits);
+    o->want.logits = (float*)golden_copy(&k->golden, "logits", "F32", o->n_logits);
     o->want.gradients = (float*)allocate(o->n, sizeof(float));
     for (int i = 0; i < o->set.n; at += param_size(&o->set.list[i++])) {
         char name[128];
         snprintf(name, sizeof name, "grad.%s", o->set.list[i].name);
-        float* gradient = (float*)golden_copy(k, name, param_size(&o->set.list[i]));
+        float* gradient = (float*)golden_copy(&k->golden, name, "F32", param_size(&o->set.list[i]));
         memcpy(o->want.gradients + at, gradient, param_size(&o->set.list[i]) * sizeof *gradient);
         free(gradient);
     }
@@ -446,10 +432,10 @@ static void use_golden(Oracle* o, const Case* k) {
 static void test_golden_case(const Case* k) {
     Oracle o = oracle_make(k);
     use_golden(&o, k);
-    float *hyper = (float*)golden_copy(k, "hyperparameters", 6), *losses = (float*)golden_copy(k, "losses", STEPS);
-    float* norms = (float*)golden_copy(k, "norms", STEPS);
-    CpuModel* cpu = cpu_model_load(k->folder);
-    Curve want = cpu_curve(cpu, k, &o.set, hyper);
+    float *hyper = (float*)golden_copy(&k->golden, "hyperparameters", "F32", 6),
+          *losses = (float*)golden_copy(&k->golden, "losses", "F32", STEPS);
+    float* norms = (float*)golden_copy(&k->golden, "norms", "F32", STEPS);
+    Curve want = cpu_curve(k->golden.model, k, &o.set, hyper);
     CurveTolerance tolerance = curve_tolerance(k, &o.set, &want, hyper);
     memcpy(want.loss, losses, sizeof want.loss);
     memcpy(want.norm, norms, sizeof want.norm);
@@ -466,7 +452,6 @@ static void test_golden_case(const Case* k) {
         pass_free(&got);
         gpu_model_free(m);
     }
-    cpu_model_free(cpu);
     free(want.parameters), free(tolerance.parameter), free(hyper), free(losses), free(norms);
     oracle_free(&o);
 }

@@ -12,6 +12,7 @@ batch is the mean of its rows, later tokens do not change earlier logits. Last a
 #include <math.h>
 #include <omp.h>
 
+#include "golden.h"
 #include "test.h"
 #include "llmc/check.h"
 #include "llmc/config.h"
@@ -26,49 +27,6 @@ static const double TOLERANCE = 1e-4, LOSS_TOLERANCE = 1e-5;
 
 static const char* const names[] = { "group1", "group2", "group4", "one_kv", "aligned" };
 enum { N_GOLDEN = sizeof names / sizeof names[0], STEPS = 10 };
-
-typedef struct {
-    const char* name;
-    CpuModel* model;
-    const Config* c;
-    Safetensors file;
-    int B, T;
-    int32_t *ids, *labels; // (B, T)
-} Golden;
-
-// a copy of tensor name, which must be of that type and hold n numbers of 4 bytes; owned by the caller
-static void* golden_copy(const Golden* g, const char* name, const char* dtype, size_t n) {
-    const SafeTensor* t = safetensors_find(&g->file, name);
-    if (!t) test_fail("%s: no %s in golden.safetensors", g->name, name);
-    if (strcmp(t->dtype, dtype) != 0 || t->bytes != n * 4)
-        test_fail("%s: %s is %zu bytes of %s, expected %zu numbers of %s", g->name, name, t->bytes, t->dtype, n, dtype);
-    void* copy = allocate(n, 4);
-    memcpy(copy, t->data, n * 4);
-    return copy;
-}
-
-static Golden golden_open(const char* name) {
-    char path[PATH_SIZE];
-    Error err;
-    Golden g = { .name = name };
-    snprintf(path, sizeof path, "dev/test/golden/%s/golden.safetensors", name);
-    if (!safetensors_open(&g.file, path, &err)) test_fail("%s", err.text);
-    snprintf(path, sizeof path, "dev/test/golden/%s", name);
-    g.model = cpu_model_load(path);
-    g.c = cpu_model_config(g.model);
-    const SafeTensor* ids = safetensors_find(&g.file, "ids");
-    if (!ids || ids->n_dims != 2) test_fail("%s: no ids of two dimensions in golden.safetensors", name);
-    g.B = (int)ids->shape[0], g.T = (int)ids->shape[1];
-    g.ids = golden_copy(&g, "ids", "I32", (size_t)g.B * g.T);
-    g.labels = golden_copy(&g, "labels", "I32", (size_t)g.B * g.T);
-    return g;
-}
-
-static void golden_close(Golden* g) {
-    free(g->ids), free(g->labels);
-    cpu_model_free(g->model);
-    safetensors_close(&g->file);
-}
 
 // got (n) must be what tensor name of the golden state says
 static bool golden_close_to(const Golden* g, const char* name, const float* got, size_t n, double tolerance) {
