@@ -110,11 +110,11 @@ build/fuzz/%: dev/test/fuzz_%.c Makefile
 SECONDS ?= 60
 fuzz-run: $(FUZZERS)
 	@for fuzzer in $(FUZZERS); do mkdir -p $$fuzzer.corpus; \
-	    $$fuzzer -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=4096 -print_final_stats=1 $$fuzzer.corpus || exit 1; done
+	    $$fuzzer -seed=1 -max_total_time=$(SECONDS) -timeout=10 -rss_limit_mb=4096 -print_final_stats=1 $$fuzzer.corpus || exit 1; done
 
 ## bench-cpu: the CPU lab: the matrix product's variants beside OpenBLAS, and the tokenizer's speed
 bench-cpu: bench-cpu-build
-	build/lab/matmul
+	build/lab/matmul $(ARGS)
 
 build/lab/%: dev/cpu/%.c Makefile | $(AFTER_DEPS)
 	@mkdir -p $(@D)
@@ -143,13 +143,11 @@ $(info no GPU here: building for CUDA_ARCH=90)
 CUDA_ARCH := 90
 endif
 endif
-CUDA_HOME   ?= $(patsubst %/bin/nvcc,%,$(shell command -v $(NVCC)))
 CUDNN_FLAGS ?= $(if $(DEPS),-I$(DEPS)/include)
 
 # cuDNN's attention is used where its headers and those of cudnn-frontend are found; it knows bf16 alone
 ifneq ($(filter %cu test_ops gpu-objects,$(MAKECMDGOALS)),)
-FOUND_CUDNN := $(shell printf '\043include <cudnn.h>\n\043include <cudnn_frontend.h>\n' | \
-    $(CXX) -E -x c++ -std=c++17 -I$(CUDA_HOME)/include $(CUDNN_FLAGS) $(CUDA_FLAGS) - >/dev/null 2>&1 && echo 1 || echo 0)
+FOUND_CUDNN := $(shell $(NVCC) -std=c++17 -I. $(CUDNN_FLAGS) $(CUDA_FLAGS) -E llmc/attention_cudnn.cpp >/dev/null 2>&1 && echo 1 || echo 0)
 ifeq ($(USE_CUDNN),)
 USE_CUDNN := $(if $(filter FP32,$(PRECISION)),0,$(FOUND_CUDNN))
 endif
@@ -174,7 +172,7 @@ NVCCFLAGS_debug    := -O1 -g -G -DGPU_SYNC
 NVCCFLAGS_sanitize := -O1 -g -lineinfo -DGPU_SYNC
 comma := ,
 NVCCFLAGS = -std=c++17 -I. -MMD -MP $(NVCCFLAGS_$(config)) $(foreach arch,$(CUDA_ARCH),$(gencode_$(arch))) -DPRECISION_$(PRECISION) $(if $(filter 1,$(USE_CUDNN)),-DUSE_CUDNN) \
-    -Xcompiler -Wall,-Wextra,-Werror,-fopenmp $(CUDA_FLAGS) $(if $(CUDA_EXTRA),-Xlinker -rpath=$(abspath $(CUDA_EXTRA))/lib)
+    -Xcompiler -Wall,-Wextra,-Werror,-fopenmp $(CUDA_FLAGS) $(if $(CUDA_EXTRA),-Xlinker --disable-new-dtags -Xlinker -rpath=$(abspath $(CUDA_EXTRA))/lib)
 # nvcc passes what it does not know on to the linker only when told to
 cuda_flags = $(subst -Wl$(comma)-rpath$(comma),-Xlinker -rpath=,$(call flags,$(1)))
 CUDA_LIBS = -lcublasLt -lcublas $(CUDNN_LIBS) -lm
@@ -222,7 +220,8 @@ $(GPU_BUILD)/gpu_library.o: train_llama3.cu Makefile | $(AFTER_DEPS)
 
 $(GPU_BUILD)/attention_cudnn.o: llmc/attention_cudnn.cpp Makefile | $(AFTER_DEPS)
 	@mkdir -p $(@D)
-	$(CXX) -std=c++17 -O2 -fopenmp -DUSE_CUDNN -I. -MMD -MP -I$(CUDA_HOME)/include $(CUDNN_FLAGS) $(CUDA_FLAGS) -c -o $@ $<
+	$(NVCC) -std=c++17 -O1 -DUSE_CUDNN -I. -MMD -MP $(patsubst -I%,-isystem %,$(CUDNN_FLAGS) $(CUDA_FLAGS)) \
+	    -Xcompiler -Wall,-Wextra,-Werror,-fopenmp -c -o $@ $<
 
 ## deps: install what is missing (compiler, pkg-config, PCRE2, cJSON, cmocka)
 deps:

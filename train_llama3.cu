@@ -727,6 +727,7 @@ void model_choices_read(const char* text) {
 }
 
 double model_training_bytes(const Config* c, int B, int T) {
+    gpu_start(); // what sorting takes depends on the GPU
     const double numbers = params_count(c).total;
     const double moments = gpu.bf16_moments ? 4 : 8, master = DTYPE_X == DTYPE_BF16 ? 4 : 0;
     return numbers * (2 * (double)sizeof(floatX) + master + moments) + (double)acts_bytes(c, B, T, B * T, 0, true);

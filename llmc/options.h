@@ -63,7 +63,7 @@ static inline Options options_default(void) {
     Options o;
     memset(&o, 0, sizeof o);
     o.out = "out", o.schedule = "cosine", o.dtype = "F32";
-    o.batch = 8, o.steps = 2000, o.warmup = 100, o.seed = 1;
+    o.batch = 8, o.steps = 1000, o.warmup = 100, o.seed = 1;
     o.eval_every = 100, o.eval_steps = 20, o.sample_every = 500, o.checkpoint_every = 500, o.keep = 3;
     o.tokens = 256;
     o.lr_final = 0.1, o.weight_decay = 0.1, o.beta1 = 0.9, o.beta2 = 0.95, o.clip = 1;

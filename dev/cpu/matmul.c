@@ -2,9 +2,9 @@
 The matrix product on the CPU: how it got fast, and how near it is to OpenBLAS and to the memory.
 
     make bench-cpu                                   check all, time all, print the tables
-    build/bench/matmul --shape 2048,288,480          one shape: N rows, C inputs, OC outputs
-    build/bench/matmul --shape 1,2048,65536          few rows: the weights are the work, GB/s beside a plain read
-    build/bench/matmul --only tiled                  one variant
+    build/lab/matmul --shape 2048,288,480          one shape: N rows, C inputs, OC outputs
+    build/lab/matmul --shape 1,2048,65536          few rows: the weights are the work, GB/s beside a plain read
+    build/lab/matmul --only tiled                  one variant
 
 A variant is checked before it is timed, and a wrong one is not timed. Variants take turns, one call each a round, so that a
 busy moment of the machine hits all of them: "of OpenBLAS" and "of read" are medians of the ratios within a round. The exit
