@@ -494,7 +494,7 @@ EMBED(corpus_val, "build/corpus/val.txt");
 // environment before main, hence the second start; where that fails, the program goes on as it is
 static void wait_briefly(char** argv) {
     if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
-    setenv("GOMP_SPINCOUNT", "1000", 1);
+    setenv("GOMP_SPINCOUNT", "10000", 1);
     execv("/proc/self/exe", argv);
 }
 

@@ -84,6 +84,16 @@ static inline void attention_product(float* c, size_t ldc, const float* a, size_
     }
 }
 
+// s[j] = scale * q (HD) . row j of k, for n rows
+static inline void attention_dots(float* s, const float* q, const float* k, size_t ldk, int n, int HD, float scale) {
+    for (int j = 0; j < n; j++, k += ldk) {
+        float dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int i = 0; i < HD; i++) dot += q[i] * k[i];
+        s[j] = scale * dot;
+    }
+}
+
 // overwrites xt (HD, ATTENTION_KEYS): the transpose of n rows of x, then columns of zeros up to a multiple of 16
 static inline void attention_transpose(float* xt, const float* x, size_t ldx, int n, int HD) {
     for (int j = 0; j < n; j += 16)
@@ -123,13 +133,17 @@ static inline void attention_forward_task(float* out, float* lse, const float* q
     const int keys = pos + t0 + rows; // that the last query sees
     for (int j0 = 0; j0 < keys; j0 += ATTENTION_KEYS) {
         const int n = keys - j0 < ATTENTION_KEYS ? keys - j0 : ATTENTION_KEYS, width = (n + 15) & ~15;
-        attention_transpose(kt, k + (size_t)j0 * ldkv, ldkv, n, HD);
+        if (rows > 1) attention_transpose(kt, k + (size_t)j0 * ldkv, ldkv, n, HD); // a query alone does not pay for it
         for (int h = 0; h < G; h++) {
             float *oh = out + t0 * ldo + (size_t)h * HD, *mh = m + h * ATTENTION_QUERIES,
                   *lh = l + h * ATTENTION_QUERIES;
-            memset(s, 0, sizeof(float) * ATTENTION_KEYS * rows);
-            attention_product(s, ATTENTION_KEYS, q + (size_t)t0 * ldq + (size_t)h * HD, ldq, 1, kt, ATTENTION_KEYS,
-                              rows, HD, width, scale);
+            const float* qh = q + (size_t)t0 * ldq + (size_t)h * HD;
+            if (rows == 1) {
+                attention_dots(s, qh, k + (size_t)j0 * ldkv, ldkv, n, HD, scale);
+            } else {
+                memset(s, 0, sizeof(float) * ATTENTION_KEYS * rows);
+                attention_product(s, ATTENTION_KEYS, qh, ldq, 1, kt, ATTENTION_KEYS, rows, HD, width, scale);
+            }
             for (int r = 0; r < rows; r++) {
                 int seen = pos + t0 + r + 1 - j0;
                 seen = seen < 0 ? 0 : seen < n ? seen : n;
