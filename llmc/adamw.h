@@ -168,6 +168,8 @@ template <typename M>
 static inline void adamw(floatX* w, float* master, M* m, M* v, const floatX* g, size_t n, float lr, float beta1,
                          float beta2, float eps, float weight_decay, int step, const float* grad_scale, uint64_t seed,
                          uint64_t tensor, cudaStream_t stream) {
+    const double bytes = 4.0 * sizeof(M) + (master ? 2.0 * sizeof(float) + 2.0 * sizeof(floatX) : 3.0 * sizeof(floatX));
+    GpuOp op("adamw", (double)n * bytes, 0, stream);
     constexpr int THREADS = 256, NARROW = sizeof(M) == 2 && sizeof(floatX) == 2 ? 8 : 4;
     launch_require(n % 8 == 0 && n > 0, "adamw", "tensors have a multiple of 8 numbers");
     const AdamWStep s = adamw_step(lr, beta1, beta2, eps, weight_decay, step, adamw_key(seed, tensor, step));
@@ -219,6 +221,7 @@ static __global__ void __launch_bounds__(GLOBAL_NORM_THREADS)
 
 // adds the squares of g (n) to sums, global_norm_scratch() bytes
 static inline void sum_of_squares(double* sums, const floatX* g, size_t n, cudaStream_t stream) {
+    GpuOp op("sum_of_squares", (double)n * sizeof(floatX), 0, stream);
     launch_require(n % 8 == 0 && n > 0, "sum_of_squares", "tensors have a multiple of 8 numbers");
     int64_t blocks = ceil_div((int64_t)n, GLOBAL_NORM_LOADS * PACK * GLOBAL_NORM_THREADS);
     if (blocks > GLOBAL_NORM_BLOCKS) blocks = GLOBAL_NORM_BLOCKS;
@@ -239,6 +242,7 @@ static __global__ void __launch_bounds__(GLOBAL_NORM_BLOCKS) global_norm_kernel(
 // overwrites norm[0] with the root of all sums and norm[1] with the factor that clips to it (clip 0: 1), which is NaN when the
 // norm is not finite: adamw then changes nothing, and the host learns it from these 8 bytes. Clears sums
 static inline void global_norm(float* norm, double* sums, float clip, cudaStream_t stream) {
+    GpuOp op("global_norm", (double)global_norm_scratch(), 0, stream);
     global_norm_kernel<<<1, GLOBAL_NORM_BLOCKS, 0, stream>>>(norm, sums, clip);
     launch_check();
 }

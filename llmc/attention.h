@@ -337,9 +337,18 @@ static inline size_t attention_scratch(AttentionBackend backend, AttentionShape 
     }
 }
 
+// of qkv, out and, twice, their gradients
+static inline double attention_bytes(AttentionShape s, int times) {
+    return times * 2.0 * s.B * s.T * (s.NH + s.NKV) * s.HD * sizeof(floatX);
+}
+
+// of the two products of a forward pass below the diagonal; a backward pass has five
+static inline double attention_flops(AttentionShape s) { return 2.0 * s.B * s.NH * s.HD * s.T * (s.T + 1.0); }
+
 // overwrites out (B*T, NH*HD) and lse (B, NH, T); qkv (B*T, (NH + 2*NKV)*HD). Of a shape that is supported, as below
 static inline void attention_forward(AttentionBackend backend, floatX* out, float* lse, const floatX* qkv,
                                      AttentionShape shape, void* scratch, cudaStream_t stream) {
+    GpuOp op("attention_forward", attention_bytes(shape, 1), attention_flops(shape), stream);
     switch (backend) {
 #ifdef USE_CUDNN
     case ATTENTION_CUDNN: cudnn_attention_forward(out, lse, qkv, shape, scratch, stream); break;
@@ -355,6 +364,7 @@ static inline void attention_forward(AttentionBackend backend, floatX* out, floa
 static inline void attention_backward(AttentionBackend backend, floatX* dqkv, const floatX* dout, const floatX* qkv,
                                       const floatX* out, const float* lse, AttentionShape shape, void* scratch,
                                       cudaStream_t stream) {
+    GpuOp op("attention_backward", attention_bytes(shape, 2), 2.5 * attention_flops(shape), stream);
     switch (backend) {
 #ifdef USE_CUDNN
     case ATTENTION_CUDNN: cudnn_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream); break;

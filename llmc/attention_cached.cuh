@@ -65,6 +65,9 @@ static __global__ void __launch_bounds__(CACHED_KEYS) attention_cached_kernel(fl
 // row t of q is ldq apart from the next
 static inline void attention_cached(floatX* out, const floatX* q, const floatX* cache, int T, int pos, int NH, int NKV, int HD,
                                     int ldq, cudaStream_t stream) {
+    const double keys = T * (pos + (T + 1) / 2.0); // of all queries
+    const double numbers = 2.0 * ((double)(pos + T) * NKV + (double)T * NH) * HD;
+    GpuOp op("attention_cached", numbers * sizeof(floatX), 4 * keys * NH * HD, stream);
     launch_require(HD <= 1024, "attention_cached", "head_dim is at most 1024");
     attention_cached_kernel<<<dim3((unsigned)T, (unsigned)NH), CACHED_KEYS, 2 * sizeof(float) * (size_t)HD, stream>>>(
         out, q, cache, pos, NH, NKV, HD, ldq);

@@ -312,6 +312,7 @@ static inline int cross_entropy_most_blocks(void) {
 // become zero then
 static inline void cross_entropy(float* losses, floatX* logits, const int32_t* labels, float scale, bool backward,
                                  int N, int V, int ld, cudaStream_t stream) {
+    GpuOp op("cross_entropy", (backward ? 2.0 : 1.0) * N * V * sizeof(floatX), 0, stream);
     launch_require(ld % PACK == 0 && ld >= V && V > 0 && N > 0, "cross_entropy",
                    "V fits the row stride, a multiple of 8");
     const int packs = (int)ceil_div(V, PACK), most = cross_entropy_most_blocks();
@@ -353,12 +354,19 @@ static __global__ void lm_head_add_kernel(floatX* dw, const float* dw32, size_t 
     pack_store(dw + i, sum);
 }
 
+static inline void lm_head_add(floatX* dw, const float* dw32, size_t n, cudaStream_t stream) {
+    GpuOp op("lm_head_add", (double)n * (2 * sizeof(floatX) + sizeof(float)), 0, stream);
+    lm_head_add_kernel<<<(unsigned)ceil_div((int64_t)n, 256 * PACK), 256, 0, stream>>>(dw, dw32, n);
+    launch_check();
+}
+
 // Overwrites losses (N). With dx, overwrites dx (N, C) with its gradient times scale and adds to dw (V, C) the same; dx may be
 // x. The rest is scratch: logits for `rows` rows, lm_head_stride(V) numbers each, and dw32 (V, C), in which the chunks' parts
 // of dw are summed in fp32. Without it (NULL) they are added to dw one by one, and dw is rounded each time
 static inline void lm_head_loss(float* losses, floatX* dx, floatX* dw, const floatX* x, const floatX* w,
                                 const int32_t* labels, float scale, int N, int C, int V, int rows, floatX* logits,
                                 float* dw32, cudaStream_t stream) {
+    NvtxRange range("lm_head_loss");
     launch_require(rows > 0 && !dx == !dw, "lm_head_loss", "there are rows in a chunk, and dx and dw come together");
     const int ld = lm_head_stride(V);
     for (int start = 0; start < N; start += rows) {
@@ -373,9 +381,6 @@ static inline void lm_head_loss(float* losses, floatX* dx, floatX* dw, const flo
             matmul_dw_strided(dw, logits, ld, xs, chunk, C, V, true, stream);
         matmul_dx_strided(dx + (size_t)start * C, logits, ld, w, chunk, C, V, false, stream);
     }
-    if (!dx || !dw32) return;
-    const size_t n = (size_t)V * C;
-    lm_head_add_kernel<<<(unsigned)ceil_div((int64_t)n, 256 * PACK), 256, 0, stream>>>(dw, dw32, n);
-    launch_check();
+    if (dx && dw32) lm_head_add(dw, dw32, (size_t)V * C, stream);
 }
 #endif

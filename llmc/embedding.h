@@ -77,6 +77,7 @@ static __global__ void __launch_bounds__(4 * WARP)
 // overwrites x (N, C)
 static inline void embedding_forward(floatX* x, const int32_t* ids, const floatX* w, int N, int C,
                                      cudaStream_t stream) {
+    GpuOp op("embedding_forward", 2.0 * N * C * sizeof(floatX), 0, stream);
     launch_require(C > 0 && C % 8 == 0, "embedding", "C (hidden_size) must be a multiple of 8");
     embedding_forward_kernel<<<(unsigned)ceil_div(N, 4), dim3(WARP, 4), 0, stream>>>(x, ids, w, N, C);
     launch_check();
@@ -191,6 +192,7 @@ static inline size_t embedding_backward_scratch(int N, int V) { return embedding
 // adds to dw (V, C)
 static inline void embedding_backward(floatX* dw, const floatX* dx, const int32_t* ids, int N, int C, int V,
                                       void* scratch, cudaStream_t stream) {
+    GpuOp op("embedding_backward", (N + 2.0 * (N < V ? N : V)) * C * sizeof(floatX), 0, stream);
     launch_require(C > 0 && C % 8 == 0, "embedding", "C (hidden_size) must be a multiple of 8");
     EmbeddingScratch s = embedding_scratch(scratch, N, V);
     embedding_rows_kernel<<<(unsigned)ceil_div(N, 256), 256, 0, stream>>>(s.rows, N);

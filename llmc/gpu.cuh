@@ -1,8 +1,9 @@
 /*
-What every CUDA half uses: the storage type, checks, vectors of 16 bytes, sums within a block, named ranges for the profiler.
+What every CUDA half uses: the storage type, checks, vectors of 16 bytes, sums within a block, names and times of ops.
 
     floatX      the type of weights, activations and gradients: bf16, or float when built with -DPRECISION_FP32
-    launchers   the bare name of an op: outputs, inputs, sizes, scratch, stream; every launch is followed by launch_check()
+    launchers   the bare name of an op: outputs, inputs, sizes, scratch, stream. The first line says what it is and what it
+                moves, GpuOp op(…); every launch is followed by launch_check()
     Numerics    arithmetic in fp32 whatever floatX is; a number is rounded once, when it is stored
 */
 #pragma once
@@ -130,10 +131,55 @@ __device__ __forceinline__ float block_sum(float x) {
     return warp_sum(lane < warps ? partial[lane] : 0);
 }
 
-// ---- the profiler ----------------------------------------------------------------------------
+// ---- names and times -------------------------------------------------------------------------
 
-// a range with a name, from here to the end of the scope
+// a range with a name in NVIDIA's profilers, from here to the end of the scope
 struct NvtxRange {
     explicit NvtxRange(const char* name) { nvtxRangePushA(name); }
     ~NvtxRange() { nvtxRangePop(); }
+};
+
+// one call of an op while times are taken; timing.cuh makes a table of them
+typedef struct {
+    const char* op;
+    int64_t N, C, OC;    // of a product; 0 of the rest
+    double bytes, flops; // that it must move, at least once each, and compute
+    cudaEvent_t start, stop;
+} GpuCall;
+
+static struct {
+    bool on;
+    GpuCall* calls; // [n] of the step so far, of room for `room`: their events are made once and used again
+    int n, room;
+} gpu_calls;
+
+static inline GpuCall* gpu_calls_add(void) {
+    if (gpu_calls.n == gpu_calls.room) {
+        const int room = gpu_calls.room ? 2 * gpu_calls.room : 1024;
+        gpu_calls.calls = (GpuCall*)reallocate(gpu_calls.calls, (size_t)room, sizeof *gpu_calls.calls);
+        for (; gpu_calls.room < room; gpu_calls.room++) {
+            cuda_check(cudaEventCreate(&gpu_calls.calls[gpu_calls.room].start));
+            cuda_check(cudaEventCreate(&gpu_calls.calls[gpu_calls.room].stop));
+        }
+    }
+    return &gpu_calls.calls[gpu_calls.n++];
+}
+
+// An op, from here to the end of the scope: the first line of every launcher, which calls no other. A range with its name,
+// and when times are taken a call of it
+struct GpuOp {
+    NvtxRange range;
+    cudaStream_t stream;
+    int call; // -1: no times are taken
+    GpuOp(const char* op, double bytes, double flops, cudaStream_t on, int64_t N = 0, int64_t C = 0, int64_t OC = 0)
+        : range(op), stream(on), call(-1) {
+        if (!gpu_calls.on) return;
+        GpuCall* c = gpu_calls_add();
+        call = gpu_calls.n - 1;
+        c->op = op, c->N = N, c->C = C, c->OC = OC, c->bytes = bytes, c->flops = flops;
+        cuda_check(cudaEventRecord(c->start, stream));
+    }
+    ~GpuOp() {
+        if (call >= 0) cuda_check(cudaEventRecord(gpu_calls.calls[call].stop, stream));
+    }
 };

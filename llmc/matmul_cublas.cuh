@@ -317,6 +317,15 @@ static inline const MatmulChoice* matmul_choose(MatmulShape shape, cudaStream_t 
 
 // ---- launchers -------------------------------------------------------------------------------
 
+static const char* const matmul_names[] = { "matmul_forward", "matmul_dx", "matmul_dw" };
+
+// of both factors and the result, which is read too when it is added to
+static inline double matmul_bytes(const MatmulShape* s) {
+    const double x = (double)s->N * s->C, w = (double)s->OC * s->C, y = (double)s->N * s->OC;
+    const double result = MATMUL_D(s->kind, x, w, y), factors = x + w + y - result;
+    return factors * sizeof(floatX) + (s->accumulate ? 2 : 1) * result * (s->wide ? sizeof(float) : sizeof(floatX));
+}
+
 static inline void matmul_product_gpu(MatmulShape s, void* x, void* w, void* y, cudaStream_t stream) {
     const uintptr_t address = (uintptr_t)x | (uintptr_t)w | (uintptr_t)y;
     const int64_t bytes = sizeof(floatX);
@@ -325,6 +334,7 @@ static inline void matmul_product_gpu(MatmulShape s, void* x, void* w, void* y, 
     launch_require(address % MATMUL_ALIGN == 0 && s.C * bytes % MATMUL_ALIGN == 0 && s.ldy * bytes % MATMUL_ALIGN == 0,
                    "matmul", "matrices and their rows begin at multiples of 16 bytes (C and ldy multiples of 8)");
     const MatmulChoice* c = matmul_choose(s, stream);
+    GpuOp op(matmul_names[s.kind], matmul_bytes(&s), 2.0 * s.N * s.C * s.OC, stream, s.N, s.C, s.OC);
     cublas_check(matmul_launch(c, &c->algorithm, x, w, y, stream));
 #ifdef GPU_SYNC
     cuda_check(cudaStreamSynchronize(stream));

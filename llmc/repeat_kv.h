@@ -92,6 +92,7 @@ static inline unsigned repeat_kv_packs(int64_t N, int NH, int NKV, int HD) {
 // overwrites y (N, NH, HD)
 static inline void repeat_kv_forward(floatX* y, const floatX* x, int64_t N, int NH, int NKV, int HD,
                                      cudaStream_t stream) {
+    GpuOp op("repeat_kv_forward", 1.0 * N * (NKV + NH) * HD * sizeof(floatX), 0, stream);
     unsigned packs = repeat_kv_packs(N, NH, NKV, HD);
     repeat_kv_forward_kernel<<<(unsigned)ceil_div(packs, 256), 256, 0, stream>>>(y, x, packs, NH / NKV, HD);
     launch_check();
@@ -100,6 +101,7 @@ static inline void repeat_kv_forward(floatX* y, const floatX* x, int64_t N, int 
 // overwrites dx (N, NKV, HD)
 static inline void repeat_kv_backward(floatX* dx, const floatX* dy, int64_t N, int NH, int NKV, int HD,
                                       cudaStream_t stream) {
+    GpuOp op("repeat_kv_backward", 1.0 * N * (NKV + NH) * HD * sizeof(floatX), 0, stream);
     unsigned packs = repeat_kv_packs(N, NH, NKV, HD);
     repeat_kv_backward_kernel<<<(unsigned)ceil_div(packs, 256), 256, 0, stream>>>(dx, dy, packs, NH / NKV, HD);
     launch_check();

@@ -184,12 +184,14 @@ static inline void rmsnorm_forward_any(floatX* sum, floatX* y, float* r, const f
 // overwrites y (N, C) and r (N)
 static inline void rmsnorm_forward(floatX* y, float* r, const floatX* x, const floatX* w, int N, int C, float eps,
                                    cudaStream_t stream) {
+    GpuOp op("rmsnorm_forward", 2.0 * N * C * sizeof(floatX), 0, stream);
     rmsnorm_forward_any<false>(NULL, y, r, x, NULL, w, N, C, eps, stream);
 }
 
 // overwrites sum (N, C) with a + b, and y (N, C) and r (N) with the norm of sum; sum may be a
 static inline void residual_rmsnorm_forward(floatX* sum, floatX* y, float* r, const floatX* a, const floatX* b,
                                             const floatX* w, int N, int C, float eps, cudaStream_t stream) {
+    GpuOp op("residual_rmsnorm_forward", 4.0 * N * C * sizeof(floatX), 0, stream);
     rmsnorm_forward_any<true>(sum, y, r, a, b, w, N, C, eps, stream);
 }
 
@@ -206,6 +208,7 @@ static __global__ void __launch_bounds__(256)
 // overwrites y (N, C) with what rmsnorm_forward made of x, to the bit, from its r
 static inline void rmsnorm_again(floatX* y, const floatX* x, const float* r, const floatX* w, int N, int C,
                                  cudaStream_t stream) {
+    GpuOp op("rmsnorm_again", 2.0 * N * C * sizeof(floatX), 0, stream);
     rmsnorm_require(C);
     int64_t packs = (int64_t)N * (C / PACK);
     launch_require(packs <= UINT32_MAX - 255, "rmsnorm", "N * C is more than one launch can number");
@@ -355,6 +358,7 @@ static inline size_t rmsnorm_backward_scratch(int C) { return (size_t)rmsnorm_ba
 // overwrites dx (N, C) with dres + the gradient through the norm; dres (N, C) may be NULL, and may be dx. Adds to dw (C)
 static inline void rmsnorm_backward(floatX* dx, floatX* dw, const floatX* dy, const floatX* dres, const floatX* x,
                                     const floatX* w, const float* r, int N, int C, void* scratch, cudaStream_t stream) {
+    GpuOp op("rmsnorm_backward", (dres ? 4.0 : 3.0) * N * C * sizeof(floatX), 0, stream);
     rmsnorm_require(C);
     float *partial = (float*)scratch, mean = 1.0f / C;
     // at least 8 rows to a block, or its sums would be much to move beside its rows

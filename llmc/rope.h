@@ -177,12 +177,14 @@ static inline void rope_turn(floatX* x, const float* cos_table, const float* sin
 // in place on the first `heads` heads of each of the B*T rows of x; row (b, t) is at position pos + t
 static inline void rope_forward(floatX* x, const float* cos_table, const float* sin_table, int B, int T, int pos,
                                 int heads, int HD, int ldx, cudaStream_t stream) {
+    GpuOp op("rope_forward", 2.0 * B * T * heads * HD * sizeof(floatX) + 4.0 * T * HD, 0, stream);
     rope_turn(x, cos_table, sin_table, B, T, pos, heads, HD, ldx, 1, stream);
 }
 
 // dx in place, from the gradient of the output to that of the input
 static inline void rope_backward(floatX* dx, const float* cos_table, const float* sin_table, int B, int T, int pos,
                                  int heads, int HD, int ldx, cudaStream_t stream) {
+    GpuOp op("rope_backward", 2.0 * B * T * heads * HD * sizeof(floatX) + 4.0 * T * HD, 0, stream);
     rope_turn(dx, cos_table, sin_table, B, T, pos, heads, HD, ldx, -1, stream);
 }
 #endif

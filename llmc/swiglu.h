@@ -92,6 +92,7 @@ static inline void swiglu_require(int64_t N, int F) {
 
 // overwrites y (N, F)
 static inline void swiglu_forward(floatX* y, const floatX* gate_up, int64_t N, int F, cudaStream_t stream) {
+    GpuOp op("swiglu_forward", 3.0 * N * F * sizeof(floatX), 0, stream);
     swiglu_require(N, F);
     unsigned P = (unsigned)(F / PACK), packs = (unsigned)N * P;
     swiglu_forward_kernel<<<(unsigned)ceil_div(packs, 256), 256, 0, stream>>>(y, gate_up, packs, P);
@@ -101,6 +102,7 @@ static inline void swiglu_forward(floatX* y, const floatX* gate_up, int64_t N, i
 // overwrites dgate_up (N, 2F), which may be gate_up
 static inline void swiglu_backward(floatX* dgate_up, const floatX* dy, const floatX* gate_up, int64_t N, int F,
                                    cudaStream_t stream) {
+    GpuOp op("swiglu_backward", 5.0 * N * F * sizeof(floatX), 0, stream);
     swiglu_require(N, F);
     unsigned P = (unsigned)(F / PACK), packs = (unsigned)N * P;
     swiglu_backward_kernel<<<(unsigned)ceil_div(packs, 256), 256, 0, stream>>>(dgate_up, dy, gate_up, packs, P);
