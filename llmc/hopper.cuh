@@ -199,19 +199,29 @@ __device__ __forceinline__ bool mbarrier_ended(uint32_t bar, uint32_t parity) {
     return yes != 0;
 }
 
-__device__ __forceinline__ uint64_t hopper_ns(void) {
-    uint64_t ns;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
-    return ns;
-}
-
+// waits until the phase of this parity has ended. One asm block: a trap that the compiler sees as a way out of the kernel makes it
+// give up what registers_take promised, and wgmma is serialised (C7512)
 __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
-    uint64_t since = 0;
-    for (uint32_t polls = 1; !mbarrier_ended(bar, parity); polls++) {
-        if (polls % 256) continue;
-        if (!since) since = hopper_ns();
-        if (hopper_ns() - since > HOPPER_PATIENCE) __trap();
-    }
+    asm volatile("{ .reg .pred p; .reg .u32 polls; .reg .u64 since, now;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@p bra done;\n"
+                 "mov.u64 since, %%globaltimer;\n"
+                 "mov.u32 polls, 0;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@p bra done;\n"
+                 "add.u32 polls, polls, 1;\n"
+                 "and.b32 polls, polls, 255;\n"
+                 "setp.ne.u32 p, polls, 0;\n"
+                 "@p bra again;\n"
+                 "mov.u64 now, %%globaltimer;\n"
+                 "sub.u64 now, now, since;\n"
+                 "setp.lt.u64 p, now, %2;\n"
+                 "@p bra again;\n"
+                 "trap;\n"
+                 "done: }" ::"r"(bar),
+                 "r"(parity), "n"(HOPPER_PATIENCE)
+                 : "memory");
 }
 
 // ---- TMA: one thread starts the copy of a box ------------------------------------------------
