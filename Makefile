@@ -196,12 +196,12 @@ OPS := $(filter-out $(if $(CUDNN_OBJECT),,attention_cudnn),$(patsubst dev/test/g
 OP_OBJECTS := $(OPS:%=$(GPU_BUILD)/test_%.o)
 
 $(GPU_BUILD)/test_llama3cu: $(GPU_BUILD)/test_llama3.o $(GPU_BUILD)/gpu_library.o $(OP_OBJECTS) $(BUILD)/llama3_library.o $(CUDNN_OBJECT)
-	$(NVCC) $(NVCCFLAGS) -o $@ $^ $(call cuda_flags,$(LIBS)) $(CUDA_LIBS)
+	$(NVCC) $(NVCCFLAGS) -o $@ $(filter %.o,$^) $(call cuda_flags,$(LIBS)) $(CUDA_LIBS)
 
 # the ops alone, against their CPU references: for work on a kernel, and for compute-sanitizer
 test_ops: $(GPU_BUILD)/test_ops
 $(GPU_BUILD)/test_ops: dev/test/gpu/test_ops.cu $(OP_OBJECTS) $(CUDNN_OBJECT)
-	$(NVCC) $(NVCCFLAGS) -o $@ $^ $(call cuda_flags,$(LIBS)) $(CUDA_LIBS)
+	$(NVCC) $(NVCCFLAGS) -o $@ $< $(filter %.o,$^) $(call cuda_flags,$(LIBS)) $(CUDA_LIBS)
 
 $(OP_OBJECTS): $(GPU_BUILD)/test_%.o: dev/test/gpu/test_ops.cu dev/test/gpu/test_%.cuh Makefile | $(AFTER_DEPS)
 	$(need_nvcc)
