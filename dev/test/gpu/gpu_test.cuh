@@ -35,6 +35,7 @@ A test that fails goes on. gpu_test_main prints a line for each test. Numbers ar
 
 inline int gpu_checks, gpu_failures; // of the test that runs
 inline bool gpu_reduced;             // under compute-sanitizer, a hundred times slower: leave the large shapes out
+inline bool gpu_ours;                // run no library's kernels: racecheck does not survive those of cuBLAS
 
 // counts a check; when it does not hold, prints the line and counts a failure. Returns whether it held
 __attribute__((format(printf, 2, 3))) static inline bool gpu_expect(bool ok, const char* format, ...) {
@@ -288,7 +289,7 @@ static inline bool gpu_run_test(const GpuTest* test) {
     return ok;
 }
 
-// the main function of a test program: [--reduced] [NAME …]; without names, all tests. 0: all passed
+// the main function of a test program: [--reduced] [--ours] [NAME …]; without names, all tests. 0: all passed
 static inline int gpu_test_main(int argc, char** argv) {
     int device = 0, failed = 0, named = 0;
     cudaDeviceProp properties;
@@ -297,11 +298,13 @@ static inline int gpu_test_main(int argc, char** argv) {
     printf("%s, sm_%d%d, %s\n", properties.name, properties.major, properties.minor,
            sizeof(floatX) == 2 ? "BF16" : "FP32");
     for (int i = 1; i < argc; i++) {
-        bool reduced = strcmp(argv[i], "--reduced") == 0, known = reduced;
+        const bool reduced = strcmp(argv[i], "--reduced") == 0, ours = strcmp(argv[i], "--ours") == 0;
+        bool known = reduced || ours;
         for (int j = 0; j < gpu_n_tests; j++) known |= strcmp(argv[i], gpu_tests[j].name) == 0;
-        if (!known) die("no test %s: [--reduced] [NAME …]", argv[i]);
+        if (!known) die("no test %s: [--reduced] [--ours] [NAME …]", argv[i]);
         gpu_reduced |= reduced;
-        named += !reduced;
+        gpu_ours |= ours;
+        named += !reduced && !ours;
     }
     for (int j = 0; j < gpu_n_tests; j++) {
         bool selected = !named;

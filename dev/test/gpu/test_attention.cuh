@@ -19,6 +19,7 @@ static size_t attention_v(AttentionShape s) { return (size_t)(s.NH + s.NKV) * s.
 
 static bool attention_accepts(AttentionBackend backend, AttentionShape s) {
     Error why;
+    if (gpu_ours && backend != ATTENTION_FLASH) return false;
     return attention_built_with(backend) && attention_supports(backend, s, true, &why);
 }
 
