@@ -21,10 +21,10 @@ Overlap         of the powers (16 a cycle and multiprocessor, 1 for 4*HD FLOPs) 
 Causal          the first tile of a warpgroup holds its 64 diagonal numbers and is the only one that is masked. A tile that the
                 block needs and a warpgroup does not (it lies above its rows) is passed on unread
 Rescaling       of O is left out when no row of the warp has a new maximum: after a few tiles that is nearly always
-Tasks           a persistent block an SM takes tasks in the order longest first, there and back again (0 … 131, then 263 … 132), which
-                balances the sums of their lengths without a counter in memory. Heads come in sections whose K and V fit in the L2
-                cache; heads of a group lie next to each other
-Numerics        as flash: S, maxima and sums in fp32, P rounded to bf16 as factor. A fixed order of sums: same bits at every run
+Tasks           a persistent block on each multiprocessor takes the next task from a counter in memory, the longest first. Heads
+                come in sections whose K and V fit in the L2 cache; those of a group lie next to each other
+Numerics        as flash: S, maxima and sums in fp32, P rounded to bf16 as factor. A task sums in a fixed order, whichever block
+                takes it: same bits at every run
 Bound by        FLOPs at HD 128; powers as much as FLOPs at HD 64, where 128 keys of 192 queries take 1536 cycles of either
 Sizes           HD 64, 128; any T, B; NKV divides NH. sm_90a
 Proved by       dev/cuda/attention_forward.cu (against the CPU and against flash)
@@ -37,11 +37,11 @@ Source          Shah et al. 2024, "FlashAttention-3" (the two overlaps)
 #include "hopper.cuh"
 
 enum {
-    HOPPER_KEYS = 128,     // of a tile
-    HOPPER_BUFFERS = 2,    // of K, and of V
-    HOPPER_SQUARE = 8192,  // bytes of 64 x 64
-    HOPPER_BATON = 1,      // named barriers: 1 … 3, whose turn it is
-    HOPPER_TOGETHER = 4,   // 4 … 6, the threads of one warpgroup
+    HOPPER_KEYS = 128,         // of a tile
+    HOPPER_BUFFERS = 2,        // of K, and of V
+    HOPPER_SQUARE = 8192,      // bytes of 64 x 64
+    HOPPER_BATON = 1,          // named barriers: 1 … 3, whose turn it is
+    HOPPER_TOGETHER = 4,       // 4 … 6, the threads of one warpgroup
     HOPPER_SECTION = 32 << 20, // bytes of K and V whose heads are worked on at the same time
 };
 
@@ -49,16 +49,17 @@ __host__ __device__ constexpr int hopper_warpgroups(int HD) { return HD <= 64 ? 
 __host__ __device__ constexpr int hopper_queries(int HD) { return 64 * hopper_warpgroups(HD); }
 __host__ __device__ constexpr int hopper_threads(int HD) { return 128 * (hopper_warpgroups(HD) + 1); }
 
-// bytes: Q and O, the buffers of K and V, barriers, and what aligns the squares to 1024
+// bytes: Q and O, the buffers of K and V, barriers and the task, and what aligns the squares to 1024
 template <int HD>
-constexpr size_t hopper_forward_shared =
-    sizeof(floatX) * HD * (2 * hopper_queries(HD) + 2 * HOPPER_BUFFERS * HOPPER_KEYS) + 128 + 1024;
+constexpr size_t hopper_forward_shared = sizeof(floatX) * HD*(2 * hopper_queries(HD) +
+                                                              2 * HOPPER_BUFFERS * HOPPER_KEYS) +
+                                         128 + 1024;
 
 // ---- tasks -----------------------------------------------------------------------------------
 
 typedef struct {
-    int b, h, t0;    // sequence, head, first query
-    int tiles;       // of keys that its queries see
+    int b, h, t0; // sequence, head, first query
+    int tiles;    // of keys that its queries see
 } HopperTask;
 
 // what decides the order of tasks
@@ -67,7 +68,8 @@ typedef struct {
 } HopperTasks;
 
 // task i of all: sections one after the other, in a section the last queries first
-template <int HD> __device__ __forceinline__ HopperTask hopper_task(HopperTasks all, int i) {
+template <int HD>
+__device__ __forceinline__ HopperTask hopper_task(HopperTasks all, int i) {
     const int first = i / (all.section * all.tiles) * all.section, heads = min(all.section, all.heads - first);
     const int rest = i - first * all.tiles, head = first + rest % heads;
     HopperTask x;
@@ -75,11 +77,6 @@ template <int HD> __device__ __forceinline__ HopperTask hopper_task(HopperTasks 
     x.t0 = (all.tiles - 1 - rest / heads) * hopper_queries(HD);
     x.tiles = (min(all.T, x.t0 + hopper_queries(HD)) + HOPPER_KEYS - 1) / HOPPER_KEYS;
     return x;
-}
-
-// this block's task of a round: there and back again
-__device__ __forceinline__ int hopper_turn(int round) {
-    return round * (int)gridDim.x + (int)(round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
 }
 
 // ---- registers of a warpgroup ----------------------------------------------------------------
@@ -131,6 +128,14 @@ __device__ __forceinline__ void hopper_softmax(float (&s)[HOPPER_KEYS / 2], floa
     }
 }
 
+// the sums, which are not negative, are known from here on: the assembler must not move the next wait in front of their
+// powers, as it does when nothing ties the two together. Stores nothing; a wait is not moved across what might store
+__device__ __forceinline__ void hopper_done(const float (&sum)[2], uint32_t address) {
+    asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p st.shared.f32 [%1], %0; }" ::"f"(sum[0] + sum[1]),
+                 "r"(address)
+                 : "memory");
+}
+
 template <int N>
 __device__ __forceinline__ void hopper_rescale(float (&o)[N], const float (&rescale)[2]) {
 #pragma unroll
@@ -148,20 +153,24 @@ __device__ __forceinline__ void hopper_round(uint32_t (&p)[HOPPER_KEYS / 16][4],
 template <int HD>
 __global__ void __launch_bounds__(hopper_threads(HD), 1)
     hopper_forward_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap out_map,
-                          float* lse, HopperTasks all, int NKV, float scale) {
+                          float* lse, unsigned* taken, HopperTasks all, int NKV, float scale) {
 #ifdef HOPPER_CODE
-    constexpr int W = hopper_warpgroups(HD), HALVES = HD / 64; // squares in a row of heads
+    constexpr int W = hopper_warpgroups(HD), HALVES = HD / 64;       // squares in a row of heads
     constexpr uint32_t OWN = HALVES * HOPPER_SQUARE, TILE = 2 * OWN; // bytes: 64 rows, 128 rows
     extern __shared__ __align__(1024) unsigned char hopper_memory[];
     const uint32_t q_tile = (shared_address(hopper_memory) + 1023) / 1024 * 1024, o_tile = q_tile + W * OWN,
                    k_tile = o_tile + W * OWN, v_tile = k_tile + HOPPER_BUFFERS * TILE;
     const uint32_t q_full = v_tile + HOPPER_BUFFERS * TILE, q_empty = q_full + 8, k_full = q_empty + 8,
                    k_empty = k_full + 8 * HOPPER_BUFFERS, v_full = k_empty + 8 * HOPPER_BUFFERS,
-                   v_empty = v_full + 8 * HOPPER_BUFFERS;
+                   v_empty = v_full + 8 * HOPPER_BUFFERS, task_full = v_empty + 8 * HOPPER_BUFFERS,
+                   task_empty = task_full + 8, task = task_empty + 8;
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); // the compiler sees that a warp shares it
-    const int total = all.heads * all.tiles, T = all.T;
+    const unsigned total = (unsigned)(all.heads * all.tiles);
+    const int T = all.T;
     if (threadIdx.x == 0) {
+        tma_prefetch(&qkv_map), tma_prefetch(&out_map);
         mbarrier_init(q_full, 1), mbarrier_init(q_empty, 4 * W);
+        mbarrier_init(task_full, 1), mbarrier_init(task_empty, 4 * W);
         for (int i = 0; i < HOPPER_BUFFERS; i++) {
             mbarrier_init(k_full + 8 * i, 1), mbarrier_init(k_empty + 8 * i, 4 * W);
             mbarrier_init(v_full + 8 * i, 1), mbarrier_init(v_empty + 8 * i, 4 * W);
@@ -171,26 +180,32 @@ __global__ void __launch_bounds__(hopper_threads(HD), 1)
     __syncthreads();
 
     if (warpgroup == 0) { // the producer
-        registers_give<W == 2 ? 24 : 32>();
+        registers_give<W == 2 ? 40 : 32>();
         if (threadIdx.x == 0) {
             // 128 rows of keys or values
             auto load = [&](uint32_t to, uint32_t full, int head, int j0, int b) {
                 mbarrier_expect(full, TILE);
-#pragma unroll
+#pragma unroll 1
                 for (int i = 0; i < 2 * HALVES; i++)
                     tma_load(to + i * HOPPER_SQUARE, &qkv_map, full, head * HD + i / 2 * 64, j0 + i % 2 * 64, b);
             };
-            for (int round = 0, use = 0; hopper_turn(round) < total; round++) {
-                const HopperTask x = hopper_task<HD>(all, hopper_turn(round));
+            unsigned i = blockIdx.x;
+            for (uint32_t round = 0, use = 0;; round++) {
+                mbarrier_wait(task_empty, round % 2 ^ 1);
+                asm volatile("st.shared.u32 [%0], %1;" ::"r"(task), "r"(i) : "memory");
+                mbarrier_arrive(task_full);
+                if (i >= total) break;
+                const HopperTask x = hopper_task<HD>(all, (int)i);
                 const int k_head = all.NH + x.h / (all.NH / NKV);
+                i = gridDim.x + atomicAdd(taken, 1);
                 for (int n = x.tiles - 1; n >= 0; n--, use++) {
-                    const int buffer = use % HOPPER_BUFFERS, emptied = use / HOPPER_BUFFERS % 2 ^ 1;
+                    const uint32_t buffer = use % HOPPER_BUFFERS, emptied = use / HOPPER_BUFFERS % 2 ^ 1;
                     mbarrier_wait(k_empty + 8 * buffer, emptied);
                     load(k_tile + buffer * TILE, k_full + 8 * buffer, k_head, n * HOPPER_KEYS, x.b);
                     if (n == x.tiles - 1) {
                         mbarrier_wait(q_empty, round % 2 ^ 1);
                         mbarrier_expect(q_full, W * OWN);
-#pragma unroll
+#pragma unroll 1
                         for (int i = 0; i < W * HALVES; i++)
                             tma_load(q_tile + i * HOPPER_SQUARE, &qkv_map, q_full, x.h * HD + i % HALVES * 64,
                                      x.t0 + i / HALVES * 64, x.b);
@@ -201,7 +216,7 @@ __global__ void __launch_bounds__(hopper_threads(HD), 1)
             }
         }
     } else {
-        registers_take<W == 2 ? 240 : 160>();
+        registers_take<W == 2 ? 232 : 160>();
         const int w = warpgroup - 1, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
         const uint32_t own_o = o_tile + w * OWN;
         const uint64_t q = wgmma_rows(q_tile + w * OWN), k = wgmma_rows(k_tile),
@@ -211,31 +226,37 @@ __global__ void __launch_bounds__(hopper_threads(HD), 1)
         uint32_t p[HOPPER_KEYS / 16][4];
 
         // starts s = Q · K^T; o = P · V, or o += P · V
-        auto start_s = [&](int buffer) {
+        auto start_s = [&](uint32_t buffer) {
 #pragma unroll
             for (int i = 0; i < HD; i += 16)
                 wgmma(s, q + (i / 64 * HOPPER_SQUARE + i % 64 * 2) / 16,
                       k + (buffer * TILE + i / 64 * 2 * HOPPER_SQUARE + i % 64 * 2) / 16, i > 0);
             wgmma_commit();
         };
-        auto start_o = [&](int buffer, bool add) {
+        auto start_o = [&](uint32_t buffer, bool add) {
 #pragma unroll
             for (int i = 0; i < HOPPER_KEYS; i += 16)
                 wgmma<1>(o, p[i / 16], v + (buffer * TILE + i * 128) / 16, add || i > 0);
             wgmma_commit();
         };
-        auto full = [&](uint32_t bars, int use) {
+        auto full = [&](uint32_t bars, uint32_t use) {
             mbarrier_wait(bars + 8 * (use % HOPPER_BUFFERS), use / HOPPER_BUFFERS % 2);
         };
-        auto release = [&](uint32_t bars, int use) {
+        auto release = [&](uint32_t bars, uint32_t use) {
             if (lane == 0) mbarrier_arrive(bars + 8 * (use % HOPPER_BUFFERS));
         };
         auto turn_wait = [&] { barrier_sync(HOPPER_BATON + w, 256); };
         auto turn_pass = [&] { barrier_arrive(HOPPER_BATON + (w + 1) % W, 256); };
 
         if (w == W - 1) turn_pass(); // the first warpgroup begins
-        for (int round = 0, use = 0; hopper_turn(round) < total; round++) {
-            const HopperTask x = hopper_task<HD>(all, hopper_turn(round));
+        for (uint32_t round = 0, use = 0;; round++) {
+            unsigned i;
+            mbarrier_wait(task_full, round % 2);
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(i) : "r"(task) : "memory");
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(task_empty);
+            if (i >= total) break;
+            const HopperTask x = hopper_task<HD>(all, (int)i);
             const int r0 = x.t0 + 64 * w, mine = min(x.tiles, r0 / HOPPER_KEYS + 1);
             for (int n = x.tiles; n > mine; n--, use++) { // above this warpgroup's rows
                 full(k_full, use), full(v_full, use);
@@ -261,6 +282,7 @@ __global__ void __launch_bounds__(hopper_threads(HD), 1)
                 wgmma_wait<1>(s);
                 release(k_empty, use + 1);
                 hopper_softmax<false>(s, max, sum, rescale, c);
+                hopper_done(sum, q_full);
                 wgmma_wait<0>(o);
                 release(v_empty, use);
                 if (__any_sync(0xffffffffu, rescale[0] != 1 || rescale[1] != 1)) hopper_rescale(o, rescale);
@@ -315,7 +337,8 @@ static inline CUtensorMap hopper_attention_map(const floatX* x, int B, int T, in
 }
 
 template <int HD>
-static void hopper_forward(floatX* out, float* lse, const floatX* qkv, AttentionShape s, cudaStream_t stream) {
+static void hopper_forward(floatX* out, float* lse, const floatX* qkv, AttentionShape s, void* scratch,
+                           cudaStream_t stream) {
     HopperTasks all;
     all.T = s.T, all.NH = s.NH, all.heads = s.B * s.NH;
     all.tiles = (int)ceil_div(s.T, hopper_queries(HD));
@@ -324,10 +347,12 @@ static void hopper_forward(floatX* out, float* lse, const floatX* qkv, Attention
     const int64_t tasks = (int64_t)all.heads * all.tiles, processors = gpu_processors();
     cuda_check(cudaFuncSetAttribute(hopper_forward_kernel<HD>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)hopper_forward_shared<HD>));
+    cuda_check(cudaMemsetAsync(scratch, 0, sizeof(unsigned), stream));
     hopper_forward_kernel<HD>
         <<<(unsigned)(tasks < processors ? tasks : processors), hopper_threads(HD), hopper_forward_shared<HD>,
            stream>>>(hopper_attention_map(qkv, s.B, s.T, (int64_t)(s.NH + 2 * s.NKV) * HD),
-                     hopper_attention_map(out, s.B, s.T, (int64_t)s.NH * HD), lse, all, s.NKV, 1 / sqrtf((float)HD));
+                     hopper_attention_map(out, s.B, s.T, (int64_t)s.NH * HD), lse, (unsigned*)scratch, all, s.NKV,
+                     1 / sqrtf((float)HD));
     launch_check();
 }
 
@@ -342,12 +367,15 @@ static inline bool hopper_attention_supports(AttentionShape s, Error* why) {
     return true;
 }
 
+// bytes: the counter of tasks taken
+static inline size_t hopper_attention_scratch(void) { return sizeof(unsigned); }
+
 // overwrites out (B*T, NH*HD) and lse (B, NH, T)
-static inline void hopper_attention_forward(floatX* out, float* lse, const floatX* qkv, AttentionShape s,
+static inline void hopper_attention_forward(floatX* out, float* lse, const floatX* qkv, AttentionShape s, void* scratch,
                                             cudaStream_t stream) {
     switch (s.HD) {
-    case 64: hopper_forward<64>(out, lse, qkv, s, stream); break;
-    case 128: hopper_forward<128>(out, lse, qkv, s, stream); break;
+    case 64: hopper_forward<64>(out, lse, qkv, s, scratch, stream); break;
+    case 128: hopper_forward<128>(out, lse, qkv, s, scratch, stream); break;
     default: launch_require(false, "attention", "hopper takes the head_dim 64 or 128");
     }
 }
