@@ -327,7 +327,8 @@ static void attention_block_backward(const Config* c, const LayerParams* w, Laye
     const AttentionShape shape = { s->B, s->T, c->NH, c->NKV, c->HD };
     matmul_dx(s->datt, s->dx, X(w->o), N, Q, C, false, gpu.stream);
     matmul_dw(X(dw->o), s->dx, a->att, N, Q, C, add, gpu.stream);
-    attention_backward(s->attention, s->dqkv, s->datt, a->qkv, a->att, a->lse, shape, s->scratch, gpu.stream);
+    attention_backward(s->attention, s->dqkv, s->datt, a->qkv, a->att, a->lse, shape, s->scratch,
+                       attention_scratch(s->attention, shape, true), gpu.stream);
     rope_backward(s->dqkv, s->cos, s->sin, s->B, s->T, 0, c->NH + c->NKV, c->HD, QKV, gpu.stream);
     matmul_dx(s->dnorm, s->dqkv, X(w->q), N, C, QKV, false, gpu.stream);
     if (s->recompute == RECOMPUTE_NORMS || s->recompute == RECOMPUTE_FFN)

@@ -360,19 +360,20 @@ static inline void attention_forward(AttentionBackend backend, floatX* out, floa
     }
 }
 
-// overwrites dqkv, which has the layout of qkv
+// overwrites dqkv, which has the layout of qkv. room: bytes of scratch, at least attention_scratch; cudnn uses more
 static inline void attention_backward(AttentionBackend backend, floatX* dqkv, const floatX* dout, const floatX* qkv,
-                                      const floatX* out, const float* lse, AttentionShape shape, void* scratch,
+                                      const floatX* out, const float* lse, AttentionShape shape, void* scratch, size_t room,
                                       cudaStream_t stream) {
     GpuOp op("attention_backward", attention_bytes(shape, 2), 2.5 * attention_flops(shape), stream);
     switch (backend) {
 #ifdef USE_CUDNN
-    case ATTENTION_CUDNN: cudnn_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream); break;
+    case ATTENTION_CUDNN: cudnn_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, room, stream); break;
 #endif
 #ifndef PRECISION_FP32
     case ATTENTION_FLASH: flash_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream); break;
 #endif
     default: reference_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream);
     }
+    (void)room;
 }
 #endif

@@ -8,7 +8,9 @@ Reproducible    dq is a sum over the keys, which many blocks have a part in. The
                 as blocks finish. The reproducible one, but for Blackwell, writes ds (query heads, T, T) in bf16 and
                 multiplies it by k afterwards
 Pieces          one execution takes some whole sequences, or of one sequence some kv heads with their query heads: as many as
-                keep ds within cudnn_attention_limit. Pieces are equal, so that all use one graph
+                keep ds within the room there is, or within cudnn_attention_limit when scratch is sized. Pieces are equal, so
+                that all use one graph. Larger ones are faster: of 4 x 8192 tokens, 32/8 heads, a step of llama3.2-1B took
+                618 ms with 1 GiB, 607 with 2, 592 with 4, 586 with 16 (H200), to the same bits
 Ragged T        when T is no multiple of 128, the backward pass is told the lengths of the sequences as well: a tile's rows
                 beyond the end are zeros, whose score is 0, and e^(0 - lse) overflows where lse is below -88; times zero,
                 that is NaN. The causal mask hides such keys but not such queries; lengths hide both (seen by others:
@@ -93,12 +95,12 @@ static int64_t cudnn_ds(AttentionShape s, bool backward, bool fast) {
     return backward && !fast && major != 10 ? 2 * queries * keys * (s.NH / s.NKV) : 0;
 }
 
-// as much as keeps to the limit, in equal pieces; offsets within one stay below 2^31
-static CudnnPiece cudnn_piece(AttentionShape s, int64_t ds) {
+// as much as keeps ds within `most` bytes, in equal pieces, one kv head at least; offsets within one stay below 2^31
+static CudnnPiece cudnn_piece(AttentionShape s, int64_t ds, size_t most) {
     CudnnPiece p = { s.B, s.NKV };
     const int64_t sequence = (int64_t)s.T * (s.NH + 2 * s.NKV) * s.HD;
     auto fits = [&] {
-        return p.sequences * sequence <= INT32_MAX && (size_t)(p.sequences * p.kv_heads * ds) <= cudnn_attention_limit;
+        return p.sequences * sequence <= INT32_MAX && (size_t)(p.sequences * p.kv_heads * ds) <= most;
     };
     while (p.sequences > 1 && !fits()) p.sequences = cudnn_smaller(p.sequences, s.B);
     while (p.kv_heads > 1 && !fits()) p.kv_heads = cudnn_smaller(p.kv_heads, s.NKV);
@@ -194,12 +196,12 @@ static bool cudnn_build(CudnnPass* p) {
                                        cudnnGetVersion(), pass, s.T, s.NH, s.NKV, s.HD, reason.c_str());
 }
 
-// the pass over a shape, built when it is first asked for; never NULL
-static CudnnPass* cudnn_pass(AttentionShape s, bool backward) {
+// the pass over a shape in pieces of `most` bytes of ds, built when it is first asked for; never NULL
+static CudnnPass* cudnn_pass(AttentionShape s, bool backward, size_t most) {
     // not freed: when static objects are destroyed, the CUDA driver may already be gone
     static std::vector<CudnnPass*>* passes = new std::vector<CudnnPass*>;
     const bool fast = backward && cudnn_attention_fast;
-    const CudnnPiece piece = cudnn_piece(s, cudnn_ds(s, backward, fast));
+    const CudnnPiece piece = cudnn_piece(s, cudnn_ds(s, backward, fast), most);
     for (CudnnPass* p : *passes)
         if (memcmp(&p->shape, &s, sizeof s) == 0 && memcmp(&p->piece, &piece, sizeof piece) == 0 &&
             p->backward == backward && p->fast == fast)
@@ -216,16 +218,22 @@ static CudnnPass* cudnn_pass(AttentionShape s, bool backward) {
 size_t cudnn_attention_version(void) { return cudnnGetVersion(); }
 
 bool cudnn_attention_supports(AttentionShape shape, bool backward, Error* why) {
-    CudnnPass* p = cudnn_pass(shape, false);
-    if (p->built && backward) p = cudnn_pass(shape, true);
+    CudnnPass* p = cudnn_pass(shape, false, cudnn_attention_limit);
+    if (p->built && backward) p = cudnn_pass(shape, true, cudnn_attention_limit);
     if (!p->built) *why = p->why;
     return p->built;
 }
 
 static CudnnPass* cudnn_built_pass(AttentionShape shape, bool backward) {
-    CudnnPass* p = cudnn_pass(shape, backward);
+    CudnnPass* p = cudnn_pass(shape, backward, cudnn_attention_limit);
     if (!p->built) die("%s", p->why.text);
     return p;
+}
+
+// the backward pass in the largest pieces for which `room` bytes of scratch are enough
+static CudnnPass* cudnn_roomy_pass(AttentionShape shape, size_t room) {
+    CudnnPass* p = cudnn_pass(shape, true, room);
+    return p->built && p->bytes <= room ? p : cudnn_built_pass(shape, true);
 }
 
 size_t cudnn_attention_scratch(AttentionShape shape, bool backward) {
@@ -271,9 +279,9 @@ void cudnn_attention_forward(__nv_bfloat16* out, float* lse, const __nv_bfloat16
 }
 
 void cudnn_attention_backward(__nv_bfloat16* dqkv, const __nv_bfloat16* dout, const __nv_bfloat16* qkv,
-                              const __nv_bfloat16* out, const float* lse, AttentionShape s, void* scratch,
+                              const __nv_bfloat16* out, const float* lse, AttentionShape s, void* scratch, size_t room,
                               cudaStream_t stream) {
-    CudnnPass* p = cudnn_built_pass(s, true);
+    CudnnPass* p = cudnn_roomy_pass(s, room);
     const size_t NH = s.NH, NKV = s.NKV, HD = s.HD, ld = (NH + 2 * NKV) * HD;
     cudnn_each_piece(p, [&](size_t row, size_t head, size_t kv_head) {
         __nv_bfloat16 *x = (__nv_bfloat16*)qkv + row * ld, *dx = dqkv + row * ld;

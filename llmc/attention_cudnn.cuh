@@ -9,7 +9,7 @@ Numbers         bf16. cuDNN has no fp32 attention
 Reproducible    the same run twice gives the same bits, unless cudnn_attention_fast is set: then the backward pass adds up dq
                 in whatever order the blocks finish
 Memory          but for Blackwell, the reproducible backward pass holds 2 * T * T bytes a query head. It runs in pieces that
-                keep to cudnn_attention_limit; a T whose smallest piece, one kv head, takes four times as much is refused
+                keep to cudnn_attention_limit, or to the scratch there is where that is more; a T whose smallest piece, one kv head, takes four times as much is refused
 Shapes          what cuDNN refuses, supports() says in words: another back end has to take it. T = 1 has no backward pass
 */
 #pragma once
@@ -41,7 +41,7 @@ size_t cudnn_attention_scratch(AttentionShape shape, bool backward);
 void cudnn_attention_forward(__nv_bfloat16* out, float* lse, const __nv_bfloat16* qkv, AttentionShape shape,
                              void* scratch, cudaStream_t stream);
 
-// overwrites dqkv, which has the layout of qkv
+// overwrites dqkv, which has the layout of qkv. room: bytes of scratch; more than cudnn_attention_scratch makes it faster
 void cudnn_attention_backward(__nv_bfloat16* dqkv, const __nv_bfloat16* dout, const __nv_bfloat16* qkv,
-                              const __nv_bfloat16* out, const float* lse, AttentionShape shape, void* scratch,
+                              const __nv_bfloat16* out, const float* lse, AttentionShape shape, void* scratch, size_t room,
                               cudaStream_t stream);

@@ -78,7 +78,7 @@ static void bench_shape(AttentionBackend backend, AttentionShape s) {
     bench_print(name, "forward", s, flops,
                 bench_time([&] { attention_forward(backend, a.out.x, a.lse.x, a.qkv.x, s, a.scratch.x, 0); }));
     bench_print(name, "backward", s, 2.5 * flops, bench_time([&] {
-                    attention_backward(backend, a.dqkv.x, a.dout.x, a.qkv.x, a.out.x, a.lse.x, s, a.scratch.x, 0);
+                    attention_backward(backend, a.dqkv.x, a.dout.x, a.qkv.x, a.out.x, a.lse.x, s, a.scratch.x, a.scratch.n, 0);
                 }));
 #ifndef PRECISION_FP32
     if (backend == ATTENTION_FLASH && s.HD == 64) bench_flash_parts<64>(s, flops, &a);

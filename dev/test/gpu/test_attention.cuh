@@ -55,7 +55,7 @@ static AttentionResult attention_result(AttentionBackend backend, const GpuArray
     attention_forward(backend, r.out.x, r.lse.x, qkv->x, s, scratch.x, 0);
     gpu_free(&scratch);
     scratch = gpu_scratch(attention_scratch(backend, s, true));
-    attention_backward(backend, r.dqkv.x, dout->x, qkv->x, r.out.x, r.lse.x, s, scratch.x, 0);
+    attention_backward(backend, r.dqkv.x, dout->x, qkv->x, r.out.x, r.lse.x, s, scratch.x, scratch.n, 0);
     gpu_free(&scratch);
     return r;
 }
@@ -181,7 +181,7 @@ static void attention_test_large_index(void) {
     GpuBytes scratch = gpu_scratch(attention_scratch(ATTENTION_FLASH, s, true));
     gpu_fill(&qkv, 0, n, 3, 1), gpu_fill(&dout, 0, n_out, 7, 1);
     attention_forward(ATTENTION_FLASH, out.x, lse.x, qkv.x, s, scratch.x, 0);
-    attention_backward(ATTENTION_FLASH, dqkv.x, dout.x, qkv.x, out.x, lse.x, s, scratch.x, 0);
+    attention_backward(ATTENTION_FLASH, dqkv.x, dout.x, qkv.x, out.x, lse.x, s, scratch.x, scratch.n, 0);
     float *x = gpu_read(&qkv, last, n - last), *dy = gpu_read(&dout, last_out, n_out - last_out);
     float *y = gpu_read(&out, last_out, n_out - last_out), *l = gpu_read(&lse, last_lse, n_lse - last_lse);
     float *want = (float*)allocate(n_out - last_out, sizeof *x), *gradients = (float*)allocate(n - last, sizeof *x);

@@ -52,7 +52,7 @@ static GpuArray cudnn_backward(const GpuArray* dout, const GpuArray* qkv, const 
                                AttentionShape s) {
     GpuArray dqkv = gpu_poison(qkv->n);
     GpuBytes scratch = gpu_scratch(cudnn_attention_scratch(s, true));
-    cudnn_attention_backward(dqkv.x, dout->x, qkv->x, out->x, lse->x, s, scratch.x, 0);
+    cudnn_attention_backward(dqkv.x, dout->x, qkv->x, out->x, lse->x, s, scratch.x, scratch.n, 0);
     gpu_free(&scratch);
     return dqkv;
 }
