@@ -425,9 +425,9 @@ struct Bench {
         if (first + n > a->n) die("%s: numbers %zu to %zu are left open of %zu", a->name, first, first + n - 1, a->n);
         if (!a->is_open) {
             a->is_open = (uint8_t*)bench_allocate(a->n);
-            cuda_check(cudaMemset(a->is_open, 0, a->n));
+            cuda_check(cudaMemsetAsync(a->is_open, 0, a->n, stream));
         }
-        cuda_check(cudaMemset(a->is_open + first, 1, n));
+        cuda_check(cudaMemsetAsync(a->is_open + first, 1, n, stream));
         a->n_open += n;
     }
 
@@ -627,7 +627,8 @@ static inline void bench_wait(BenchRun* run) {
 
 static inline std::string bench_wrong(const BenchArray* a, size_t i, double got, double want, double allowed,
                                       size_t bad, size_t n, const char* beside) {
-    std::string text = bench_text("%s[%zu]: got %.6g, want %.6g", a->name, i, got, want);
+    const std::string wrote = isnan(got) ? "nan" : bench_text("%.6g", got); // of either sign
+    std::string text = bench_text("%s[%zu]: got %s, want %.6g", a->name, i, wrote.c_str(), want);
     if (!a->type->exact) text += bench_text(", tolerance %.2g", allowed);
     return text + bench_text("; %zu of %zu bad%s", bad, n, beside);
 }
@@ -695,8 +696,8 @@ static inline std::string bench_trust(Bench* b) {
         if (!a.compared() || !a.n) continue;
         BenchFound found = b->look([&](BenchFound* f) { a.type->scale(&a, f, b->stream); });
         if (found.bad)
-            return bench_text("%s[%llu]: got %.6g; %llu of %zu are not finite", a.name, found.first,
-                              bench_number_at(&a, a.data, found.first), found.bad, a.n);
+            return bench_text("%s[%llu]: got %s; %llu of %zu are not finite", a.name, found.first,
+                              isnan(bench_number_at(&a, a.data, found.first)) ? "nan" : "inf", found.bad, a.n);
         float scale;
         memcpy(&scale, &found.worst, 4);
         a.trusted_scale = scale == 0 ? 1 : scale;
@@ -704,7 +705,7 @@ static inline std::string bench_trust(Bench* b) {
     for (BenchArray& a : b->arrays)
         if (a.compared() && a.n) {
             a.trusted = bench_allocate(a.bytes);
-            cuda_check(cudaMemcpy(a.trusted, a.data, a.bytes, cudaMemcpyDeviceToDevice));
+            cuda_check(cudaMemcpyAsync(a.trusted, a.data, a.bytes, cudaMemcpyDeviceToDevice, b->stream));
         }
     return "";
 }
@@ -735,7 +736,7 @@ static inline std::string bench_check_untouched(Bench* b) {
                 wrong = bench_text("%s: %llu bytes were written in the fence %s it, the first at byte %lld", a.name,
                                    found.bad, after ? "after" : "before",
                                    after ? (long long)(a.bytes + found.first) : (long long)found.first - BENCH_FENCE);
-            cuda_check(cudaMemset((void*)fences[after], 0xff, BENCH_FENCE));
+            cuda_check(cudaMemsetAsync((void*)fences[after], 0xff, BENCH_FENCE, b->stream));
         }
         if (a.role == BENCH_INPUT && a.n && b->sum_of(&a) != a.sum) {
             if (wrong.empty()) wrong = bench_text("%s: an input was changed", a.name);
@@ -860,7 +861,7 @@ static inline void bench_time_some(BenchRun* run, const BenchCandidate* v, int b
         cudaFree(from), cudaFree(to);
         from = to = NULL, room = 0;
         from = bench_allocate(half), to = bench_allocate(half), room = half;
-        cuda_check(cudaMemset(from, 0, half));
+        cuda_check(cudaMemsetAsync(from, 0, half, b->stream));
     }
     run->running = v->name, run->running_block = block;
     for (int i = 0; i < n; i++) {
