@@ -432,9 +432,9 @@ __device__ __forceinline__ void ring_release(const Ring* r, int i) {
         mbarrier_arrive(r->empty_of(i));
 }
 
-// a warpgroup (group 0 or 1): d = its 64 rows of a · b^T. The products of a step run while the next one is waited for; its stage
-// is given back when they are done
-template <int CLUSTER>
+// a warpgroup (group 0 or 1): d = its 64 rows of a · b^T. BEHIND 1: the products of a step run while the next one is waited for,
+// and its stage is given back when they are done; 0: they are waited for at once
+template <int CLUSTER, int BEHIND = 1>
 __device__ __forceinline__ void ring_consume(Ring* r, float (&d)[RING_N / 2], int group, int steps) {
     int used = 0;
     for (int step = 0; step < steps; step++, r->next()) {
@@ -444,12 +444,13 @@ __device__ __forceinline__ void ring_consume(Ring* r, float (&d)[RING_N / 2], in
 #pragma unroll
         for (int k = 0; k < RING_K; k += 16) wgmma(d, wgmma_rows(a + 2 * k), wgmma_rows(b + 2 * k), step > 0 || k > 0);
         wgmma_commit();
-        wgmma_wait<1>();
-        if (step > 0) ring_release<CLUSTER>(r, used);
+        wgmma_wait<BEHIND>();
+        if (BEHIND == 0) ring_release<CLUSTER>(r, r->index);
+        if (BEHIND > 0 && step > 0) ring_release<CLUSTER>(r, used);
         used = r->index;
     }
     wgmma_wait<0>(d);
-    ring_release<CLUSTER>(r, used);
+    if (BEHIND > 0) ring_release<CLUSTER>(r, used);
 }
 
 // ---- warp_specialised ------------------------------------------------------------------------
@@ -469,6 +470,7 @@ static __global__ void __launch_bounds__(RING_THREADS, 1)
     if (threadIdx.x < 128) {
         registers_give<40>();
         if (threadIdx.x == 0) ring_produce<CLUSTER>(&r, &a_map, &b_map, steps, m0, n0);
+        __syncwarp();
     } else {
         registers_take<232>();
         float d[RING_N / 2];
@@ -519,17 +521,17 @@ static void multicast(const Problem* p, int, cudaStream_t stream) { ring_launch<
 // limit    the power limit, as for cuBLASLt
 
 enum {
-    GROUP_ROWS = 8,                              // of cluster tiles, 256 x 256
     STORE_BYTES = 16 * 128,                      // 16 rows, 64 columns: what a warp stores at a time
     PERSISTENT_STORE = RING_STAGES * RING_STAGE, // where that lies: two for each warp
     PERSISTENT_BARS = PERSISTENT_STORE + 2 * RING_CONSUMERS * STORE_BYTES,
     PERSISTENT_SHARED = PERSISTENT_BARS + RING_BARS,
 };
 
-// number i of (rows, columns) cluster tiles: *m, *n
+// number i of (rows, columns) cluster tiles, of 256 x 256 outputs, in groups of GROUP rows: *m, *n
+template <int GROUP>
 __device__ __forceinline__ void tile_order(int i, int rows, int columns, int* m, int* n) {
-    int group = i / (GROUP_ROWS * columns), left = i % (GROUP_ROWS * columns), first = group * GROUP_ROWS;
-    int height = min(rows - first, (int)GROUP_ROWS);
+    int group = i / (GROUP * columns), left = i % (GROUP * columns), first = group * GROUP;
+    int height = min(rows - first, GROUP);
     *m = first + left % height, *n = left / height;
 }
 
@@ -557,6 +559,7 @@ __device__ __forceinline__ void store_tile(const CUtensorMap* y_map, const float
     }
 }
 
+template <int GROUP, int BEHIND, int LEAD>
 static __global__ void __launch_bounds__(RING_THREADS, 1)
     persistent_kernel(const __grid_constant__ CUtensorMap y_map, const __grid_constant__ CUtensorMap a_map,
                       const __grid_constant__ CUtensorMap b_map, int M, int N, int K) {
@@ -570,16 +573,22 @@ static __global__ void __launch_bounds__(RING_THREADS, 1)
         registers_give<40>();
         if (threadIdx.x == 0)
             for (int i = first; i < tile_rows * tile_columns; i += stride) {
-                tile_order(i, tile_rows, tile_columns, &m, &n);
+                tile_order<GROUP>(i, tile_rows, tile_columns, &m, &n);
                 ring_produce<2>(&r, &a_map, &b_map, steps, (2 * m + rank) * RING_M, n * RING_N);
             }
+        __syncwarp();
     } else {
         registers_take<232>();
         float d[RING_N / 2];
         int warp = threadIdx.x / WARP - 4;
+        if (LEAD > 0 && warp >= 4) {
+            mbarrier_wait(r.full(), 0);
+            long long start = clock64();
+            while (clock64() - start < LEAD * 512) continue;
+        }
         for (int i = first; i < tile_rows * tile_columns; i += stride) {
-            tile_order(i, tile_rows, tile_columns, &m, &n);
-            ring_consume<2>(&r, d, warp / 4, steps);
+            tile_order<GROUP>(i, tile_rows, tile_columns, &m, &n);
+            ring_consume<2, BEHIND>(&r, d, warp / 4, steps);
             store_tile(&y_map, d, shared + PERSISTENT_STORE + warp * 2 * STORE_BYTES, M,
                        (2 * m + rank) * RING_M + warp * 16, n * RING_N);
         }
@@ -589,12 +598,18 @@ static __global__ void __launch_bounds__(RING_THREADS, 1)
 #endif
 }
 
-static void persistent(const Problem* p, int, cudaStream_t stream) {
+template <int GROUP, int BEHIND, int LEAD>
+static void persistent_launch(const Problem* p, int, cudaStream_t stream) {
     Problem q = *p;
     void* arguments[] = { &q.y_map, &q.a_map, &q.b_half_map, &q.M, &q.N, &q.K };
     int64_t tiles = ceil_div(p->M, 2 * RING_M) * ceil_div(p->N, RING_N), clusters = gpu_processors() / 2;
     dim3 grid((unsigned)(2 * (tiles < clusters ? tiles : clusters)));
-    launch_clusters((const void*)persistent_kernel, 2, RING_THREADS, PERSISTENT_SHARED, grid, arguments, stream);
+    launch_clusters((const void*)persistent_kernel<GROUP, BEHIND, LEAD>, 2, RING_THREADS, PERSISTENT_SHARED, grid,
+                    arguments, stream);
+}
+
+static void persistent(const Problem* p, int block, cudaStream_t stream) {
+    persistent_launch<8, 1, 0>(p, block, stream);
 }
 
 // ---- library ---------------------------------------------------------------------------------
@@ -641,6 +656,10 @@ static const Variant<Problem> variants[] = {
     { "warp_specialised", warp_specialised, { 0 },            "a producer, two consumers, 128 x 256 outputs",             refuses_elsewhere },
     { "multicast",        multicast,        { 0 },            "clusters of two fetch the rows of b once",                 refuses_elsewhere },
     { "persistent",       persistent,       { 0 },            "tiles in L2's order, outputs leave while the next come in", refuses_elsewhere },
+#ifdef MATMUL_TUNE
+#define TRY(group, behind, lead) { "g" #group "b" #behind "l" #lead, persistent_launch<group, behind, lead>, { 0 }, "", refuses_elsewhere }
+    TRY(8, 0, 0), TRY(8, 1, 1), TRY(8, 1, 2), TRY(8, 0, 1), TRY(8, 0, 2), TRY(4, 1, 0), TRY(16, 1, 0), TRY(2, 1, 0), TRY(64, 1, 0),
+#endif
     { "library",          library,          { 0 },            "cuBLASLt's fastest candidate, what ships: llmc/matmul_cublas.cuh" },
 };
 // clang-format on

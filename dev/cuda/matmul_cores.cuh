@@ -211,17 +211,31 @@ enum {
 
 typedef float CoreTile[CORE_K][CORE_PITCH];
 
-// a thread's share of rows row0 … row0+127 of x (rows, K), numbers k0 … k0+15
-__device__ __forceinline__ void core_fetch(PackX (&v)[CORE_SHARE], const floatX* x, int rows, int K, int row0, int k0) {
-    int k = k0 + threadIdx.x % CORE_PARTS * PACK;
+// where a thread's share of rows row0 … row0+127 of x (rows, K) begins. Beyond the last row it is the last one again: what comes
+// of it is not stored
+struct CoreSource {
+    const floatX* from[CORE_SHARE];
+    int left; // numbers of K from there on
+    __device__ __forceinline__ CoreSource(const floatX* x, int rows, int K, int row0) {
+        int k = threadIdx.x % CORE_PARTS * PACK;
+#pragma unroll
+        for (int i = 0; i < CORE_SHARE; i++)
+            from[i] = x + (size_t)min(row0 + i * CORE_ROWS + (int)threadIdx.x / CORE_PARTS, rows - 1) * K + k;
+        left = K - k;
+    }
+};
+
+// the share of the next tile, 16 numbers of each row; zeros beyond K
+__device__ __forceinline__ void core_fetch(PackX (&v)[CORE_SHARE], CoreSource* s) {
 #pragma unroll
     for (int i = 0; i < CORE_SHARE; i++) {
-        int row = row0 + i * CORE_ROWS + threadIdx.x / CORE_PARTS;
-        if (row < rows && k < K)
-            v[i] = pack_load(x + (size_t)row * K + k);
+        if (s->left > 0)
+            v[i] = pack_load(s->from[i]);
         else
             v[i] = PackX();
+        s->from[i] += CORE_K;
     }
+    s->left -= CORE_K;
 }
 
 __device__ __forceinline__ void core_place(CoreTile tile, const PackX (&v)[CORE_SHARE]) {
@@ -276,9 +290,9 @@ static __global__ void __launch_bounds__(CORE_THREADS, 2)
     __shared__ __align__(16) CoreTile as, bs;
     float sum[CORE_EDGE][CORE_EDGE] = {};
     PackX av[CORE_SHARE], bv[CORE_SHARE];
+    CoreSource a_next(a, M, K, blockIdx.y * CORE_TILE), b_next(b, N, K, blockIdx.x * CORE_TILE);
     for (int k = 0; k < K; k += CORE_K) {
-        core_fetch(av, a, M, K, blockIdx.y * CORE_TILE, k);
-        core_fetch(bv, b, N, K, blockIdx.x * CORE_TILE, k);
+        core_fetch(av, &a_next), core_fetch(bv, &b_next);
         __syncthreads(); // the tile before has been used
         core_place(as, av), core_place(bs, bv);
         __syncthreads();
@@ -302,15 +316,14 @@ static __global__ void __launch_bounds__(CORE_THREADS, 2)
     __shared__ __align__(16) CoreTile as[2], bs[2];
     float sum[CORE_EDGE][CORE_EDGE] = {};
     PackX av[CORE_SHARE], bv[CORE_SHARE];
-    int m0 = blockIdx.y * CORE_TILE, n0 = blockIdx.x * CORE_TILE;
-    core_fetch(av, a, M, K, m0, 0), core_fetch(bv, b, N, K, n0, 0);
+    CoreSource a_next(a, M, K, blockIdx.y * CORE_TILE), b_next(b, N, K, blockIdx.x * CORE_TILE);
+    core_fetch(av, &a_next), core_fetch(bv, &b_next);
     core_place(as[0], av), core_place(bs[0], bv);
     __syncthreads();
     for (int k = 0, buffer = 0; k < K; k += CORE_K, buffer ^= 1) {
-        bool more = k + CORE_K < K;
-        if (more) core_fetch(av, a, M, K, m0, k + CORE_K), core_fetch(bv, b, N, K, n0, k + CORE_K);
+        core_fetch(av, &a_next), core_fetch(bv, &b_next); // zeros after the last
         core_multiply(sum, as[buffer], bs[buffer]);
-        if (more) core_place(as[buffer ^ 1], av), core_place(bs[buffer ^ 1], bv);
+        core_place(as[buffer ^ 1], av), core_place(bs[buffer ^ 1], bv);
         __syncthreads();
     }
     core_store(y, sum, M, N);
