@@ -1,0 +1,430 @@
+#!/usr/bin/env python3
+"""
+The kernel lab's report, in two steps that may run on two machines.
+
+    scripts/report_bench.py run --out results.jsonl --seconds 480 build/lab/cuda/*-BF16     on the GPU: runs the programs
+    scripts/report_bench.py write results.jsonl         anywhere: tables and charts into dev/cuda/results/GPU/, and the summary
+                                                        in dev/cuda/README.md between its markers (charts need matplotlib)
+    scripts/report_bench.py map                         the list of files and variants in dev/cuda/README.md, from the files
+
+`make -C dev/cuda report` does both. results.jsonl is one file: what a program writes with --json, a line about the machine, a
+line about each program. A program that is wrong, hangs or ends early is named in the tables; the others go on.
+"""
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LAB = ROOT / "dev" / "cuda"
+
+
+def fail(message):
+    sys.exit(f"error: {message}")
+
+
+# ---- run -------------------------------------------------------------------------------------
+
+def output_of(*command):
+    """the first line that a command prints, or an empty string"""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT)
+        return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def machine():
+    """about this machine and this tree, as one object"""
+    query = output_of("nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,power.limit", "--format=csv,noheader")
+    fields = [field.strip() for field in query.split(",")] + [""] * 4
+    commit = os.environ.get("COMMIT") or output_of("git", "rev-parse", "--short=10", "HEAD")
+    if commit and not os.environ.get("COMMIT") and output_of("git", "status", "--porcelain", "--untracked-files=no"):
+        commit += " and uncommitted changes"
+    return {"machine": fields[0], "driver": fields[1], "max_clock": fields[2], "power_limit": fields[3],
+            "nvcc": re.sub(r".*release ([\d.]+).*", r"\1", output_of("sh", "-c", "nvcc --version | grep release")),
+            "date": datetime.date.today().isoformat(), "commit": commit or "unknown"}
+
+
+def run_one(command, limit, log):
+    """runs a program with its output on the screen and in the log; returns exit code (None: out of time) and output"""
+    started = time.monotonic()
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    except OSError as error:
+        fail(f"{command[0]}: {error.strerror}")
+    text = []
+    try:
+        out, _ = process.communicate(timeout=limit)
+        text.append(out)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, _ = process.communicate()
+        text.append((out or "") + f"\nerror: {command[0]}: ended after {limit:.0f} s\n")
+        code = None
+    text = "".join(text)
+    print(text, end="", flush=True)
+    log.write(f"$ {' '.join(map(str, command))}\n{text}\n")
+    log.flush()
+    return code, text, time.monotonic() - started
+
+
+def last_error(text):
+    lines = [line for line in text.splitlines() if line.startswith(("error", "WRONG", "Traceback"))]
+    return lines[0] if lines else (text.strip().splitlines() or [""])[-1]
+
+
+def command_run(options):
+    out = options.out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_suffix(".part")
+    deadline = time.monotonic() + options.seconds
+    info, failures = machine(), 0
+    with open(out, "w") as results, open(out.with_suffix(".txt"), "w") as log:
+        def note(entry):
+            results.write(json.dumps(entry) + "\n")
+            results.flush()
+
+        def rows_of_part():
+            if part.exists():
+                text = part.read_text(errors="replace")
+                results.write(text if not text or text.endswith("\n") else text + "\n")
+                results.flush()
+                part.unlink()
+
+        if options.selftest:
+            code, text, _ = run_one([options.selftest], 120, log)
+            info["selftest"] = (text.strip().splitlines() or ["no output"])[-1] if code == 0 else f"FAILED: {last_error(text)}"
+            failures += code != 0
+        note(info)
+        reserved = min(150.0, 0.25 * options.seconds) if options.peers else 0
+        programs = [p for p in options.programs if "selftest" not in Path(p).name]
+        for i, program in enumerate(programs):
+            share = max(3.0, (deadline - reserved - time.monotonic()) / (len(programs) - i))
+            part.unlink(missing_ok=True)
+            op, _, precision = Path(program).name.rpartition("-")
+            try:
+                listing = subprocess.run([program, "--list"], capture_output=True, text=True, timeout=30)
+                is_lab = listing.returncode == 0 and "\nvariants\n" in listing.stdout
+            except (OSError, subprocess.TimeoutExpired):
+                is_lab = False
+            command = [program, "--json", str(part), "--time-limit", f"{share:.0f}"] if is_lab else [program]
+            code, text, seconds = run_one(command, 1.5 * share + 60, log)
+            rows_of_part()
+            entry = {"program": op, "precision": precision, "seconds": round(seconds, 1), "code": code}
+            if code != 0:
+                entry["error"] = last_error(text)
+                failures += 1
+            if not is_lab:
+                entry["text"] = text[:8000]
+            note(entry)
+        if options.peers:
+            left = max(20.0, deadline - time.monotonic())
+            command = [sys.executable, options.peers, "--results", str(out), "--json", str(part), "--time-limit", f"{left:.0f}"]
+            code, text, seconds = run_one(command, left + 60, log)
+            rows_of_part()
+            entry = {"program": "peers", "seconds": round(seconds, 1), "code": code}
+            if code != 0:
+                entry["error"] = last_error(text)
+            note(entry)
+    print(f"{out}: {sum(1 for _ in open(out))} lines; {failures} programs with errors")
+    return min(failures, 100)
+
+
+# ---- write: what is read ---------------------------------------------------------------------
+
+def read_results(path):
+    """machine, programs by (name, precision), rows; the last row counts where one is given twice"""
+    info, programs, rows = {}, {}, {}
+    try:
+        lines = Path(path).read_text(errors="replace").splitlines()
+    except OSError as error:
+        fail(f"{path}: {error.strerror}; make -C dev/cuda results writes one on a machine with a GPU")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            print(f"warning: {path}:{number}: no JSON object, passed over: {line[:60]}", file=sys.stderr)
+            continue
+        if "machine" in entry:
+            info = entry
+        elif "program" in entry:
+            programs[entry["program"], entry.get("precision", "")] = entry
+        elif all(key in entry for key in ("op", "shape", "variant", "dtype", "check")):
+            rows[entry["op"], entry["dtype"], entry["shape"], entry["variant"]] = entry
+        else:
+            print(f"warning: {path}:{number}: neither a row nor a note, passed over", file=sys.stderr)
+    if not rows:
+        fail(f"{path}: no rows in it; expected what a program of the lab writes with --json")
+    return info, programs, list(rows.values())
+
+
+def tables_of(rows):
+    """{op: {(dtype, shape): rows}}, in the order of the file; peers last"""
+    ops = {}
+    for row in rows:
+        ops.setdefault(row["op"], {}).setdefault((row["dtype"], row["shape"]), []).append(row)
+    for shapes in ops.values():
+        for key in shapes:
+            shapes[key].sort(key=lambda row: row.get("kind") == "peer")
+    return ops
+
+
+def rate(row):
+    """the figure, and its unit"""
+    return (row["TFLOPs"], "TFLOP/s") if "TFLOPs" in row else (row.get("GBps"), "GB/s")
+
+
+def rate_text(row):
+    value, unit = rate(row)
+    return "" if value is None else f"{value:.1f}" if unit == "TFLOP/s" else f"{value:.0f}"
+
+
+def us_text(us):
+    return f"{us:.2f}" if us < 100 else f"{us:.1f}" if us < 1000 else f"{us:.0f}"
+
+
+def sizes_text(row):
+    return " ".join(f"{name} {value}" for name, value in row.get("sizes", {}).items())
+
+
+def timed(row):
+    return "median_us" in row and row["check"] == "ok"
+
+
+def cell(text):
+    return str(text).replace("|", "\\|")
+
+
+# ---- write: a page and a chart an op ----------------------------------------------------------
+
+def head_of(rows):
+    """what is above a table: sizes, work, peak"""
+    row = next((row for row in rows if row.get("kind") != "peer"), rows[0])
+    work = row.get("work", 0)
+    text = sizes_text(row)
+    if any("TFLOPs" in r for r in rows):
+        text += f"; {work * 1e-12:.4g} TFLOP"
+    elif work:
+        text += f"; must move {work * 1e-6:.1f} MB"
+    copies = [r["copy_GBps"] for r in rows if "copy_GBps" in r]
+    return text + (f"; a copy of as many bytes runs at {copies[0]:.0f} GB/s" if copies else "")
+
+
+def table_text(rows):
+    unit = next((rate(row)[1] for row in rows if timed(row)), "GB/s")
+    text = f"| variant | check | block | median µs | spread | {unit} | % of peak | × production | what changed |\n"
+    text += "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |\n"
+    for row in rows:
+        peer, kind = row.get("kind") == "peer", row.get("kind")
+        name = f"*{row['variant']}*" if peer else f"**{row['variant']}**" if kind == "production" else row["variant"]
+        check = "" if peer and row["check"] == "ok" else row["check"]
+        if timed(row):
+            spread = "once" if row.get("once") else f"{row['spread_percent']:.1f} %"
+            percent = f"{row['percent_of_peak']:.1f}" if "percent_of_peak" in row else ""
+            times = f"{row['times_production']:.2f}" if "times_production" in row else ""
+            cells = [name, check, row.get("block") or "-", us_text(row["median_us"]), spread, rate_text(row), percent, times]
+        else:
+            cells = [name, check, "", "", "", "", "", ""]
+        text += "| " + " | ".join(cell(c) for c in cells + [row.get("what", "")]) + " |\n"
+    return text
+
+
+def origin_of(info, rows):
+    gpu = info.get("machine") or rows[0].get("gpu", "an unknown GPU")
+    parts = [gpu] + [f"{name} {info[key]}" for key, name in (("driver", "driver"), ("nvcc", "nvcc"), ("power_limit", "power limit"),
+                                                               ("commit", "commit")) if info.get(key)]
+    return ", ".join(parts + [info["date"]] if info.get("date") else parts)
+
+
+def chart(op, tables, origin, path):
+    """one panel a shape: bars of the rate, the peak as a line"""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"})
+    colours = {"production": "#1b6ca8", "yardstick": "#3a9d6a", "variant": "#9dbcd4", "peer": "#e0954a"}
+    panels = [(key, [row for row in rows if timed(row)]) for key, rows in tables.items()]
+    panels = [(key, rows) for key, rows in panels if rows]
+    if not panels:
+        return False
+    heights = [0.26 * len(rows) + 0.75 for _, rows in panels]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, sum(heights) + 0.5), layout="constrained", squeeze=False,
+                                gridspec_kw={"height_ratios": heights})
+    for ((dtype, shape), rows), axis in zip(panels, axes[:, 0]):
+        values = [rate(row)[0] for row in rows]
+        unit = rate(rows[0])[1]
+        peak = next((row["copy_GBps"] for row in rows if "copy_GBps" in row), None)
+        most = max(values + ([peak] if peak else []))
+        axis.barh(range(len(rows)), values, color=[colours.get(row.get("kind"), colours["variant"]) for row in rows], height=0.72)
+        for i, row in enumerate(rows):
+            axis.text(values[i] + 0.008 * most, i, f"{rate_text(row)} {unit}, {us_text(row['median_us'])} µs", va="center",
+                      fontsize=8, color="#333333")
+        if peak:
+            axis.axvline(peak, color="#666666", linewidth=1, linestyle="--")
+            axis.text(peak, -0.62, "copy ", ha="right", va="bottom", fontsize=8, color="#666666")
+        axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+        axis.set_ylim(len(rows) - 0.4, -0.7)
+        axis.set_xlim(0, 1.25 * most)
+        axis.set_title(f"{dtype}, {shape}: {sizes_text(rows[0])}", loc="left", fontsize=10)
+    figure.suptitle(f"{op}   ({origin})", fontsize=9, color="#444444", x=0.01, ha="left")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+# ---- write: the summary ----------------------------------------------------------------------
+
+def chosen_shapes(tables, dtype):
+    """the shapes of an op that the summary shows: those of the 1B and the 8B model, else the first two"""
+    keys = [key for key in tables if key[0] == dtype and any(timed(row) for row in tables[key])]
+    models = [key for key in keys if re.match(r"(1B|8B)\b", key[1])]
+    return (models or keys)[:2]
+
+
+def summary_row(op, key, rows, folder):
+    ours = [row for row in rows if row.get("kind") != "peer" and timed(row)]
+    peers = [row for row in rows if row.get("kind") == "peer" and timed(row)]
+    reference = next((row for row in ours if row["kind"] == "production"), None) or \
+        next((row for row in ours if row["kind"] == "yardstick"), None) or min(ours, key=lambda row: row["median_us"])
+    first, best = ours[0], min(ours, key=lambda row: row["median_us"])
+    value, unit = rate(reference)
+    us = reference["median_us"]
+    peer = min(peers, key=lambda row: row["median_us"]) if peers else None
+    cells = [f"[{op}]({folder}/{op}.md)", f"{key[1]}", us_text(us), f"{rate_text(reference)} {unit}",
+             f"{reference['percent_of_peak']:.1f}" if "percent_of_peak" in reference else "",
+             f"{first['median_us'] / us:.1f} × {first['variant']}" if first is not reference else "",
+             f"{best['variant']} {us / best['median_us']:.2f} ×" if best["median_us"] < 0.99 * us else "",
+             f"{peer['variant']} {us_text(peer['median_us'])} µs, {peer['median_us'] / us:.2f} ×" if peer else ""]
+    return "| " + " | ".join(cell(c) for c in cells) + " |\n"
+
+
+def summary_text(ops, programs, info, origin, folder):
+    text = f"Measured on {origin}."
+    if info.get("selftest"):
+        text += f" The harness's self-test in the same run: {info['selftest']}."
+    text += "\n"
+    for dtype in ("bf16", "fp32"):
+        lines = [summary_row(op, key, tables[key], folder) for op, tables in ops.items() for key in chosen_shapes(tables, dtype)
+                 if any(row.get("kind") != "peer" and timed(row) for row in tables[key])]
+        if lines:
+            text += f"\n{dtype}: the row that ships (\"production\"; in files without one, the yardstick)\n\n"
+            text += "| op | shape | µs | rate | % of peak | faster than the first row | faster in the lab | best of PyTorch, Liger: time, × ours |\n"
+            text += "| --- | --- | ---: | ---: | ---: | --- | --- | --- |\n" + "".join(lines)
+    wrong = [f"{op}, {dtype}, {shape}: `{row['variant']}` {row['check']}" for op, tables in ops.items()
+             for (dtype, shape), rows in tables.items() for row in rows if row["check"].startswith("WRONG")]
+    ended = [f"{name} {precision}: " + ("out of time" if p["code"] is None else f"exit code {p['code']}") + f", {p.get('error', '')}"
+             for (name, precision), p in programs.items() if p.get("code") != 0]
+    for title, items in (("Wrong, and not timed", wrong), ("Programs that did not end well", ended)):
+        if items:
+            text += f"\n{title}:\n\n" + "".join(f"- {item}\n" for item in items)
+    return text
+
+
+def replace_between(path, marker, text):
+    """the text between <!-- marker:begin … --> and <!-- marker:end -->"""
+    try:
+        old = path.read_text()
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+    found = re.search(rf"(<!-- {marker}:begin[^>]*-->\n).*?(<!-- {marker}:end -->)", old, re.S)
+    if not found:
+        fail(f"{path}: expected the markers <!-- {marker}:begin --> and <!-- {marker}:end -->")
+    path.write_text(old[:found.start()] + found.group(1) + text + found.group(2) + old[found.end():])
+
+
+def command_write(options):
+    info, programs, rows = read_results(options.results)
+    ops = tables_of(rows)
+    origin = origin_of(info, rows)
+    gpu = info.get("machine") or rows[0].get("gpu", "unknown")
+    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    folder = options.out or LAB / "results" / slug
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import matplotlib  # noqa: F401
+        charts = not options.no_charts
+    except ImportError:
+        charts = False
+        print("no matplotlib here: tables without charts (pip install matplotlib, then run this again)", file=sys.stderr)
+    for op, tables in ops.items():
+        drawn = charts and chart(op, tables, origin, folder / f"{op}.png")
+        text = f"# {op}\n\nThe variants are in [dev/cuda/{op}.cu](../../{op}.cu). {origin}.\n"
+        if drawn or (folder / f"{op}.png").exists():
+            text += f"\n![{op}]({op}.png)\n"
+        for (dtype, shape), table in tables.items():
+            text += f"\n## {dtype}, {shape}\n\n{head_of(table)}\n\n{table_text(table)}"
+        (folder / f"{op}.md").write_text(text)
+    copy = folder / "results.jsonl"
+    if copy.resolve() != Path(options.results).resolve():
+        copy.write_text(Path(options.results).read_text(errors="replace"))
+    if not options.out:
+        replace_between(LAB / "README.md", "results", summary_text(ops, programs, info, origin, f"results/{slug}"))
+        write_map()
+    print(f"{folder}: {len(ops)} ops, {len(rows)} rows" + (", README.md rewritten" if not options.out else ""))
+    return 0
+
+
+# ---- map -------------------------------------------------------------------------------------
+
+def describe(path):
+    """(what the file computes, [(variant, idea)]) of a lab file"""
+    text = path.read_text()
+    comment = re.match(r"/\*\n(.*?)\*/", text, re.S)
+    first = comment.group(1).strip().split("\n\n")[0] if comment else ""
+    first = " ".join(first.split())
+    sentence = re.match(r"(.+?[.:])(\s|$)", first)
+    names = []
+    for table in re.findall(r"Variant<\w+>\s+\w+\[\]\s*=\s*\{(.*?)\n\};", text, re.S):
+        for name in re.findall(r"^\s*\{\s*\"([^\"]+)\"\s*,", table, re.M):
+            if name not in names:
+                names.append(name)
+    return (sentence.group(1).rstrip(":.") if sentence else first), names
+
+
+def write_map():
+    text = "| file | what | its variants, in the order of the ideas |\n| --- | --- | --- |\n"
+    for path in sorted(LAB.glob("*.cu")):
+        what, names = describe(path)
+        if path.stem == "selftest":
+            names = []
+        text += f"| [{path.stem}.cu]({path.name}) | {cell(what)} | {', '.join(f'`{name}`' for name in names)} |\n"
+    replace_between(LAB / "README.md", "map", text)
+
+
+def command_map(options):
+    write_map()
+    return 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run|write|map")
+    run = commands.add_parser("run", help="run the programs of the lab on this GPU")
+    run.add_argument("programs", nargs="+", help="as built by make -C dev/cuda")
+    run.add_argument("--out", type=Path, default=Path("results.jsonl"), help="results.jsonl; beside it results.txt with what was printed")
+    run.add_argument("--seconds", type=float, default=480, help="for all of it, about (480)")
+    run.add_argument("--selftest", help="the self-test, run first")
+    run.add_argument("--peers", help="peers.py, run last")
+    run.set_defaults(run=command_run)
+    write = commands.add_parser("write", help="tables and charts from results.jsonl")
+    write.add_argument("results", type=Path)
+    write.add_argument("--out", type=Path, help="this folder instead of dev/cuda/results/GPU, and no README.md")
+    write.add_argument("--no-charts", action="store_true")
+    write.set_defaults(run=command_write)
+    commands.add_parser("map", help="the list of files and variants in dev/cuda/README.md").set_defaults(run=command_map)
+    options = parser.parse_args()
+    return options.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
