@@ -75,6 +75,8 @@ struct Model {
     ParamSet w, dw, m, v;    // weights, gradients, AdamW's moments
     Safetensors file;        // holds the weights when they are mapped
     int64_t updates;         // AdamW steps done
+    double loss;             // the sum of the step so far
+    float scale;             // what clips the step's gradients
     Acts s;                  // of training and evaluation
 };
 
@@ -284,20 +286,23 @@ static double llama3_backward(Model* m, Acts* s, const int32_t* ids, const int32
     return loss;
 }
 
-// one AdamW step on m->dw, clipped to a global norm; returns the norm before. Changes nothing when it is not finite
-static float llama3_update(Model* m, AdamWOptions o) {
+// the norm of all gradients; m->scale becomes what clips it
+static float llama3_norm(Model* m, float clip) {
     double sum = 0;
     for (int i = 0; i < m->dw.n; i++) sum += sum_of_squares_cpu(params_floats(&m->dw, i), param_size(&m->dw.list[i]));
-    float norm = (float)sqrt(sum), scale = 1;
-    if (!isfinite(norm)) return norm;
-    if (o.clip > 0 && o.clip / (norm + 1e-6f) < 1) scale = o.clip / (norm + 1e-6f); // as torch.nn.utils.clip_grad_norm_
+    const float norm = (float)sqrt(sum), factor = clip / (norm + 1e-6f); // as torch.nn.utils.clip_grad_norm_
+    m->scale = clip > 0 && factor < 1 ? factor : 1;
+    return norm;
+}
+
+// one AdamW step with m->dw, clipped by m->scale
+static void llama3_update(Model* m, AdamWOptions o) {
     m->updates++;
     for (int i = 0; i < m->w.n; i++) {
         const Param* p = &m->w.list[i];
-        adamw_cpu(params_floats(&m->w, i), params_floats(&m->m, i), params_floats(&m->v, i), params_floats(&m->dw, i),
-                  param_size(p), o.lr, o.beta1, o.beta2, o.eps, param_decays(p) ? o.weight_decay : 0, (int)m->updates, scale);
+        adamw_cpu(params_floats(&m->w, i), params_floats(&m->m, i), params_floats(&m->v, i), params_floats(&m->dw, i), param_size(p),
+                  o.lr, o.beta1, o.beta2, o.eps, param_decays(p) ? o.weight_decay : 0, (int)m->updates, m->scale);
     }
-    return norm;
 }
 
 // overwrites logits (count, V) with those of rows first .. first+count-1 of s->x
@@ -390,6 +395,12 @@ bool model_is_finite(const Model* m, Error* err) {
     return params_finite(&m->dw, &which) || set_error(err, "the gradient of %.900s", which.text);
 }
 
+// memory that nobody writes to is not taken, so that there is nothing to refuse ahead of time
+bool model_plan(const Config* c, int B, int T, int64_t rows, Error* err) {
+    (void)c, (void)B, (void)T, (void)rows, (void)err;
+    return true;
+}
+
 void model_reserve(Model* m, int B, int T, bool training) {
     acts_free(&m->s);
     m->s = acts_make(&m->c, B * T, T, 0, training);
@@ -404,16 +415,27 @@ double model_loss(Model* m, const int32_t* ids, const int32_t* labels, int B, in
     return llama3_loss(m, &m->s, labels);
 }
 
-double model_backward(Model* m, const int32_t* ids, const int32_t* labels, int B, int T, float scale) {
+void model_backward(Model* m, const int32_t* ids, const int32_t* labels, int B, int T, float scale) {
     llama3_forward(m, &m->s, ids, B, T);
-    return llama3_backward(m, &m->s, ids, labels, scale);
+    m->loss += llama3_backward(m, &m->s, ids, labels, scale);
 }
 
-float model_update(Model* m, AdamWOptions o) {
-    float norm = llama3_update(m, o);
-    if (isfinite(norm)) params_zero(&m->dw);
-    return norm;
+StepSums model_sums(Model* m, float clip) {
+    StepSums sums = { m->loss, llama3_norm(m, clip) };
+    return sums;
 }
+
+void model_skip(Model* m) {
+    params_zero(&m->dw);
+    m->loss = 0;
+}
+
+void model_update(Model* m, AdamWOptions o) {
+    llama3_update(m, o);
+    model_skip(m);
+}
+
+void model_report(const Model* m) { (void)m; }
 
 Sequence* sequence_make(const Model* m, int capacity) {
     Sequence* s = allocate(1, sizeof *s);
@@ -437,11 +459,11 @@ bool model_save(const Model* m, const char* folder, Dtype dtype, Error* err) {
     return config_write(&m->c, folder, dtype, err) && params_write(&file, folder, "model.safetensors", err);
 }
 
-bool model_save_optimizer(const Model* m, const char* folder, bool master, Error* err) {
+bool model_save_optimizer(const Model* m, const char* folder, Dtype dtype, Error* err) {
     ParamsFile file = { 0 };
     params_add(&file, "m.", &m->m, DTYPE_F32);
     params_add(&file, "v.", &m->v, DTYPE_F32);
-    if (master) params_add(&file, "master.", &m->w, DTYPE_F32);
+    if (dtype != DTYPE_F32) params_add(&file, "master.", &m->w, DTYPE_F32);
     return params_write(&file, folder, "optimizer.safetensors", err);
 }
 
@@ -471,12 +493,15 @@ static double acts_bytes(const Config* c, int rows, int positions, int capacity,
     return (double)s.arena.used;
 }
 
-double model_training_bytes(const Config* c, int B, int T) {
+bool model_training_bytes(const Config* c, int B, int T, double* bytes, Error* why) {
     ParamSet s = params_list(c);
-    double bytes = 4.0 * (double)llama3_place(s.list, s.n, DTYPE_F32, NULL) + acts_bytes(c, B * T, T, 0, true);
+    *bytes = 4.0 * (double)llama3_place(s.list, s.n, DTYPE_F32, NULL) + acts_bytes(c, B * T, T, 0, true);
     params_free(&s);
-    return bytes;
+    (void)why;
+    return true;
 }
+
+const char* model_storage(void) { return "weights, gradients and moments in F32"; }
 
 double model_sequence_bytes(const Config* c, int capacity) {
     return acts_bytes(c, capacity < PREFILL_ROWS ? capacity : PREFILL_ROWS, capacity, capacity, false);
@@ -508,6 +533,8 @@ int main(int argc, char** argv) {
 
 // ---- the library: the oracle of the tests ----------------------------------------------------
 
+#include "llmc/library.h"
+
 struct CpuModel {
     Model model;
 };
@@ -527,12 +554,6 @@ static void cpu_reserve(Model* m, int B, int T) {
     if (B * T > m->s.rows) model_reserve(m, 1, B * T, true);
 }
 
-static int count_labels(const int32_t* labels, int n) {
-    int count = 0;
-    for (int i = 0; i < n; i++) count += labels[i] != IGNORED_LABEL;
-    return count ? count : 1;
-}
-
 float cpu_forward(CpuModel* cpu, const int32_t* ids, const int32_t* labels, int B, int T, float* logits) {
     Model* m = &cpu->model;
     cpu_reserve(m, B, T);
@@ -545,8 +566,9 @@ float cpu_backward(CpuModel* cpu, const int32_t* ids, const int32_t* labels, int
     Model* m = &cpu->model;
     int count = count_labels(labels, B * T);
     cpu_reserve(m, B, T);
-    params_zero(&m->dw);
-    return (float)(model_backward(m, ids, labels, B, T, 1 / (float)count) / count);
+    model_skip(m);
+    model_backward(m, ids, labels, B, T, 1 / (float)count);
+    return (float)(m->loss / count);
 }
 
 static float* cpu_tensor(ParamSet* s, const char* name, size_t* n) {
@@ -562,22 +584,12 @@ float* cpu_parameter(CpuModel* m, const char* name, size_t* n) { return cpu_tens
 float* cpu_gradient(CpuModel* m, const char* name, size_t* n) { return cpu_tensor(&m->model.dw, name, n); }
 
 float cpu_update(CpuModel* m, float lr, float beta1, float beta2, float eps, float weight_decay, float clip) {
-    AdamWOptions o = { lr, beta1, beta2, eps, weight_decay, clip };
-    return llama3_update(&m->model, o);
+    const AdamWOptions o = { lr, beta1, beta2, eps, weight_decay, 0 };
+    const float norm = llama3_norm(&m->model, clip);
+    if (isfinite(norm)) llama3_update(&m->model, o);
+    return norm;
 }
 
-void cpu_generate_greedy(CpuModel* m, int32_t* ids, int n_prompt, int n_total) {
-    int V = m->model.c.V;
-    Sequence* s = sequence_make(&m->model, n_total);
-    float* logits = allocate((size_t)V, sizeof *logits);
-    for (int n = 0; n_prompt < n_total; n = n_prompt++) {
-        sequence_feed(s, ids + n, n_prompt - n, logits);
-        ids[n_prompt] = 0;
-        for (int i = 1; i < V; i++)
-            if (logits[i] > logits[ids[n_prompt]]) ids[n_prompt] = i;
-    }
-    free(logits);
-    sequence_free(s);
-}
+void cpu_generate_greedy(CpuModel* m, int32_t* ids, int n_prompt, int n_total) { generate_greedy(&m->model, ids, n_prompt, n_total); }
 
 #endif

@@ -8,7 +8,8 @@ What the GPU must prove. Linked with train_llama3.cu and llama3.c as libraries a
     golden        the models of dev/test/golden: logits, loss, every gradient, ten AdamW steps of PyTorch
     gradients     seeded models with awkward sizes: every attention back end against llama3.c, and every recompute level
                   the same bits as none
-    one test each for: later tokens, lengths that change, no labels, accumulation, two runs, resume, bf16 moments, generation
+    one test each for: later tokens, lengths that change, no labels, accumulation, two runs, resume, bf16 moments, no master
+                  weights, planned memory, --timing, generation
 
 Tolerance       FP32: 1e-4 of the scale, losses 1e-5, as llama3.c against PyTorch.
                 BF16: computed. llama3.c runs again with each weight moved by up to one rounding to bf16, eight times; what
@@ -572,7 +573,7 @@ static void test_accumulation(void) {
     float scale = 1 / (float)count_valid(k.labels, k.B * k.T);
     double sum = 0;
     GpuModel* m = load_default(&k);
-    for (int b = 0; b < k.B; b++) sum += gpu_accumulate(m, k.ids + b * k.T, k.labels + b * k.T, 1, k.T, scale);
+    for (int b = 0; b < k.B; b++) sum = gpu_accumulate(m, k.ids + b * k.T, k.labels + b * k.T, 1, k.T, scale);
     float *rows = copy_all(m, &o.set, gpu_gradient, &n), mean = (float)sum * scale;
     gpu_check_values("mean loss of the rows", &mean, &o.want.loss, 1, o.loss);
     for (int i = 0; i < o.set.n && BF16; i++) o.gradient[i] += (k.B - 1) * BF16_EPS; // each sum is rounded
@@ -659,9 +660,9 @@ static void check_same_run(const char* what, Run* got, const Run* want) {
     free(got->parameters);
 }
 
-// two runs, and a run that was stopped, find the same bits
-static void test_runs_and_resume(const char* moments) {
-    if (!gpu_set("moments", moments)) die("no moments %s", moments);
+// two runs, and a run that was stopped, find the same bits, with an option as it is and then as it was
+static void test_runs_and_resume(const char* option, const char* value, const char* usual) {
+    if (!gpu_set(option, value)) die("no %s %s", option, value);
     for (int i = 0; i < 3; i += 2) { // HD 32 and 64
         if (gpu_reduced && i) break;
         Case k = case_seeded(&seeded[i]);
@@ -672,41 +673,93 @@ static void test_runs_and_resume(const char* moments) {
             Run first = run_whole(m, &k), again = run_whole(load_with(&k, backends[b], "none"), &k);
             Run resumed = run_resumed(load_with(&k, backends[b], "none"), &k, 2);
             Run levels_differ = run_whole(load_with(&k, backends[b], "block"), &k);
-            snprintf(what, sizeof what, "%s, %s, moments %s: a second run", k.name, backends[b], moments);
+            snprintf(what, sizeof what, "%s, %s, %s %s: a second run", k.name, backends[b], option, value);
             check_same_run(what, &again, &first);
-            snprintf(what, sizeof what, "%s, %s, moments %s: resumed", k.name, backends[b], moments);
+            snprintf(what, sizeof what, "%s, %s, %s %s: resumed", k.name, backends[b], option, value);
             check_same_run(what, &resumed, &first);
-            snprintf(what, sizeof what, "%s, %s, moments %s: recompute block", k.name, backends[b], moments);
+            snprintf(what, sizeof what, "%s, %s, %s %s: recompute block", k.name, backends[b], option, value);
             check_same_run(what, &levels_differ, &first);
             free(first.parameters);
         }
         case_free(&k);
     }
-    gpu_set("moments", "fp32");
+    gpu_set(option, usual);
 }
 
-static void test_runs(void) { test_runs_and_resume("fp32"); }
-static void test_moments(void) { test_runs_and_resume("bf16"); }
+static void test_runs(void) { test_runs_and_resume("moments", "fp32", "fp32"); }
+static void test_moments(void) { test_runs_and_resume("moments", "bf16", "fp32"); }
 GPU_TEST(runs);
 GPU_TEST(moments);
 
-// one batch is learned by heart, with fp32 and with bf16 moments: the loss falls to a tenth
+static void test_master(void) {
+    if (BF16) test_runs_and_resume("master", "none", "fp32");
+    else gpu_expect(!gpu_set("master", "none"), "fp32 weights have master weights");
+}
+GPU_TEST(master);
+
+// taking times changes no bits; the times of the ops add up to less than the step
+static void test_timing(void) {
+    Case k = case_seeded(&seeded[0]);
+    const char* const ops[] = { "embedding_forward", "rope_forward", "attention_forward", "matmul_dw", "rmsnorm_backward", "adamw" };
+    double sum = 0;
+    Run plain = run_whole(load_default(&k), &k);
+    if (!gpu_set("timing", "on")) die("no timing");
+    Run timed = run_whole(load_default(&k), &k);
+    gpu_set("timing", "off");
+    check_same_run("timed", &timed, &plain);
+    for (size_t i = 0; i < sizeof ops / sizeof ops[0]; i++) {
+        gpu_expect(gpu_timed(ops[i]) > 0, "%s took no time", ops[i]);
+        sum += gpu_timed(ops[i]);
+    }
+    gpu_expect(sum < gpu_timed(NULL), "ops of %g ms in a step of %g ms", sum, gpu_timed(NULL));
+    free(plain.parameters);
+    case_free(&k);
+}
+GPU_TEST(timing);
+
+// what is planned is what is allocated, and all of it is given back
+static void test_memory(void) {
+    Case k = case_seeded(&seeded[2]);
+    GpuModel* m = load_default(&k);
+    const Config c = *gpu_model_config(m);
+    gpu_model_free(m);
+    const double before = gpu_bytes();
+    for (int kind = 0; kind < 4; kind++)
+        for (int l = 0; l < N_LEVELS; l++) {
+            gpu_set("moments", kind & 1 ? "bf16" : "fp32");
+            gpu_set("master", kind & 2 ? "none" : "fp32");
+            gpu_set("recompute", levels[l]);
+            m = gpu_model_load(k.folder);
+            gpu_forward(m, k.ids, NULL, k.B, k.T, NULL);
+            const double planned = gpu_planned_bytes(&c, k.B, k.T);
+            gpu_expect(gpu_bytes() == planned, "recompute %s, kind %d: %.0f bytes planned, %.0f allocated", levels[l], kind, planned,
+                       gpu_bytes());
+            gpu_model_free(m);
+            gpu_expect(gpu_bytes() == before, "%.0f bytes are not given back", gpu_bytes() - before);
+        }
+    gpu_set("moments", "fp32"), gpu_set("master", "fp32"), gpu_set("recompute", "none");
+    case_free(&k);
+}
+GPU_TEST(memory);
+
+// one batch is learned by heart, with fp32 and bf16 moments, and without master weights: the loss falls to a tenth
 static void test_learning(void) {
     Case k = case_seeded(&seeded[0]);
-    const char* const kinds[] = { "fp32", "bf16" };
-    for (int i = 0; i < 2; i++) {
+    const char *const kinds[] = { "fp32", "bf16", "bf16" }, *const masters[] = { "fp32", "fp32", "none" };
+    for (int i = 0; i < (BF16 ? 3 : 2); i++) {
         if (!gpu_set("moments", kinds[i])) die("no moments %s", kinds[i]);
+        gpu_set("master", masters[i]);
         GpuModel* m = load_default(&k);
         float first = gpu_backward(m, k.ids, k.labels, k.B, k.T), last = first;
         for (int step = 0; step < (gpu_reduced ? 5 : 100); step++) {
             gpu_update(m, 3e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, 1);
             last = gpu_backward(m, k.ids, k.labels, k.B, k.T);
         }
-        gpu_expect(last < (gpu_reduced ? 0.9f : 0.1f) * first, "moments %s: loss %g -> %g", kinds[i], (double)first,
-                   (double)last);
+        gpu_expect(last < (gpu_reduced ? 0.9f : 0.1f) * first, "moments %s, master %s: loss %g -> %g", kinds[i], masters[i],
+                   (double)first, (double)last);
         gpu_model_free(m);
     }
-    gpu_set("moments", "fp32");
+    gpu_set("moments", "fp32"), gpu_set("master", "fp32");
     case_free(&k);
 }
 GPU_TEST(learning);

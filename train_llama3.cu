@@ -30,6 +30,7 @@ Library     with -DLLAMA3_LIBRARY there is no main; the gpu_ functions of llmc/l
 #include "llmc/rmsnorm.h"
 #include "llmc/rope.h"
 #include "llmc/swiglu.h"
+#include "llmc/timing.cuh"
 
 // ---- 1. state --------------------------------------------------------------------------------
 
@@ -59,6 +60,18 @@ typedef struct {
     floatX* ffn;      // (N, F)
 } LayerActs;
 
+// a place for a batch on its way to the GPU. There are two: one is filled and copied while the pass before reads the other
+typedef struct {
+    int32_t *host, *device;   // (2, rows) each: ids, then labels, N of each; host is pinned memory, which copies need not wait for
+    cudaEvent_t copied, read; // the last copy is done; the last pass that read it is
+} Feed;
+
+// what a step adds up, on the GPU
+typedef struct {
+    double loss;        // the sum over its passes
+    float norm, factor; // of the gradients, and what clips them
+} StepNumbers;
+
 // everything of a pass through the model but its parameters
 typedef struct {
     int B, T;             // of this pass: B*T of at most `rows` rows
@@ -68,15 +81,18 @@ typedef struct {
     Error passed_over;    // the faster back ends that do not take these sizes, and why
     LayerActs* layer;     // [L + 1]; what is not kept, the layers share. Of the last entry there is only x, norm1 and r1: the
                           // residual stream after the last layer and the final norm
-    int32_t *ids, *labels;
+    Feed feed[2];
+    int turn;             // the place that this pass reads, where its
+    int32_t *ids, *labels; // lie, (N) each
     float* losses;        // (N)
     floatX* out;          // (N, C) what a block adds to the residual stream
     floatX* logits;       // (head_rows, Vp), of one chunk of rows
     int head_rows;
     float *cos, *sin;     // (positions, HD/2)
     void* scratch;        // of one op at a time
-    double* sums;         // of squares of the gradients, and
-    float* norm;          // their norm and the factor that clips it
+    double* loss;         // of a pass outside of training
+    double* sums;         // of squares of the gradients
+    StepNumbers* step;
 
     // gradients, in training: each holds one block's at a time
     floatX *dx, *dnorm;   // (N, C)
@@ -88,6 +104,7 @@ typedef struct {
     int capacity, pos;    // rows there are, rows in use
 
     Arena arena;          // block: the GPU's memory
+    size_t first, layers; // bytes in it: of the first layer, with what the layers share; of all layers
 } Acts;
 
 struct Model {
@@ -104,24 +121,39 @@ struct Sequence {
 };
 
 // what the options say of how to compute: read-only once the first model is made
-static struct {
+typedef struct {
     Recompute recompute;
     AttentionBackend attention;
-    bool bf16_moments;
-    cudaStream_t stream;
-} gpu = { RECOMPUTE_NONE, ATTENTION_REFERENCE, false, 0 };
+    bool bf16_moments, master; // master: bf16 weights have fp32 originals
+    int64_t logits_bytes;      // that a chunk of the head may have
+} Settings;
+
+enum { LOGITS_MOST = 1 << 29, LOGITS_LEAST = 1 << 25 }; // bytes: large products, or little memory
+
+static struct {
+    Settings set;
+    bool accumulates;            // a step has several passes
+    bool chunk_noted;            // logits_bytes is that of the run that is resumed
+    cudaStream_t stream, copies; // copies: of batches, while stream computes
+    size_t bytes;                // allocated
+} gpu = { { RECOMPUTE_NONE, ATTENTION_REFERENCE, false, DTYPE_X == DTYPE_BF16, LOGITS_MOST }, false, false, 0, 0, 0 };
 
 // ---- 2. memory -------------------------------------------------------------------------------
 
 static void* gpu_allocate(size_t bytes, const char* what) {
     void* p = NULL;
     size_t free_bytes = 0, total = 0;
-    if (!bytes) bytes = 1;
-    if (cudaMalloc(&p, bytes) == cudaSuccess) return p;
+    gpu.bytes += bytes;
+    if (cudaMalloc(&p, bytes ? bytes : 1) == cudaSuccess) return p;
     cudaGetLastError();
     cuda_check(cudaMemGetInfo(&free_bytes, &total));
     die("out of GPU memory: %.2f GiB asked for %s, %.2f of %.2f GiB are free; try a smaller --batch or --seq, --recompute block, "
         "or --moments bf16", (double)bytes / 0x1p30, what, (double)free_bytes / 0x1p30, (double)total / 0x1p30);
+}
+
+static void gpu_free(void* p, size_t bytes) {
+    cuda_check(cudaFree(p));
+    gpu.bytes -= bytes;
 }
 
 // zeros of one type in the shape of the parameters
@@ -137,7 +169,7 @@ static GpuSet gpu_set_make(const Config* c, Dtype dtype, const char* what) {
 
 static void gpu_set_free(GpuSet* s) {
     params_free(&s->set);
-    cuda_check(cudaFree(s->memory));
+    gpu_free(s->memory, s->bytes);
     s->memory = NULL;
     s->bytes = 0;
 }
@@ -145,6 +177,7 @@ static void gpu_set_free(GpuSet* s) {
 // a copy in host memory, to be written to a file or looked at; freed with params_free
 static ParamSet gpu_set_download(const GpuSet* s, const Config* c, Dtype dtype) {
     ParamSet host = params_list(c);
+    timing_spoil();
     host.memory = allocate(s->bytes, 1);
     llama3_place(host.list, host.n, dtype, host.memory);
     if (c->tied) host.p->lm_head = host.p->embed;
@@ -222,13 +255,17 @@ static size_t scratch_bytes(const Acts* s, const Config* c, int B, int T, bool t
 static void acts_layout(Acts* s, const Config* c, int B, int T, bool training) {
     const size_t N = (size_t)s->rows, C = (size_t)c->C, Q = (size_t)c->NH * (size_t)c->HD, row = (size_t)(2 * c->NKV * c->HD);
     Arena* arena = &s->arena;
-    for (int l = 0; l < c->L; l++) layer_layout(&s->layer[l], &s->layer[0], arena, c, N, s->recompute);
+    for (int l = 0; l < c->L; l++) {
+        layer_layout(&s->layer[l], &s->layer[0], arena, c, N, s->recompute);
+        if (l == 0) s->first = arena->used;
+    }
+    s->layers = arena->used;
     s->layer[c->L].x = KEEP(floatX, N * C);
     s->layer[c->L].norm1 = KEEP(floatX, N * C);
     s->layer[c->L].r1 = KEEP(float, N);
-    s->ids = KEEP(int32_t, N);
-    s->labels = KEEP(int32_t, N);
+    for (int i = 0; i < 2; i++) s->feed[i].device = KEEP(int32_t, 2 * N);
     s->losses = KEEP(float, N);
+    s->loss = KEEP(double, 1);
     s->out = KEEP(floatX, N * C);
     s->logits = KEEP(floatX, (size_t)s->head_rows * (size_t)lm_head_stride(c->V));
     s->cos = KEEP(float, (size_t)T * (size_t)c->HD / 2);
@@ -237,7 +274,7 @@ static void acts_layout(Acts* s, const Config* c, int B, int T, bool training) {
     if (s->capacity) s->cache = KEEP(floatX, (size_t)c->L * (size_t)s->capacity * row);
     if (!training) return;
     s->sums = (double*)KEEP(char, global_norm_scratch());
-    s->norm = KEEP(float, 2);
+    s->step = KEEP(StepNumbers, 1);
     s->dx = KEEP(floatX, N * C);
     s->dnorm = KEEP(floatX, N * C);
     s->dqkv = KEEP(floatX, N * (size_t)config_qkv(c));
@@ -245,9 +282,9 @@ static void acts_layout(Acts* s, const Config* c, int B, int T, bool training) {
     s->dffn = KEEP(floatX, N * (size_t)c->F);
 }
 
-// rows of a chunk of the head: logits of about half a GiB, so that the products are large and the memory is not
+// rows of a chunk of the head
 static int head_rows(const Config* c, int rows) {
-    int64_t most = ((int64_t)1 << 29) / (lm_head_stride(c->V) * (int64_t)sizeof(floatX)) / 128 * 128;
+    int64_t most = gpu.set.logits_bytes / (lm_head_stride(c->V) * (int64_t)sizeof(floatX)) / 128 * 128;
     return most < 128 ? (rows < 128 ? rows : 128) : most < rows ? (int)most : rows;
 }
 
@@ -256,19 +293,48 @@ static Acts acts_begin(const Config* c, int B, int T, int rows, int capacity, bo
     memset(&s, 0, sizeof s);
     s.rows = rows;
     s.capacity = capacity;
-    s.recompute = training ? gpu.recompute : KEEP_NOTHING;
+    s.recompute = training ? gpu.set.recompute : KEEP_NOTHING;
     const AttentionShape shape = { B, T, c->NH, c->NKV, c->HD };
-    s.attention = capacity ? ATTENTION_REFERENCE : attention_choose(gpu.attention, shape, training, &s.passed_over);
+    s.attention = capacity ? ATTENTION_REFERENCE : attention_choose(gpu.set.attention, shape, training, &s.passed_over);
     s.head_rows = capacity ? 1 : head_rows(c, rows);
     s.layer = (LayerActs*)allocate((size_t)c->L + 1, sizeof *s.layer);
     acts_layout(&s, c, B, T, training);
     return s;
 }
 
-static size_t acts_bytes(const Config* c, int B, int T, int rows, int capacity, bool training) {
-    Acts s = acts_begin(c, B, T, rows, capacity, training);
-    free(s.layer);
-    return s.arena.used;
+static void feeds_make(Acts* s) {
+    for (Feed* f = s->feed; f < s->feed + 2; f++) {
+        cuda_check(cudaMallocHost((void**)&f->host, 2 * (size_t)s->rows * sizeof *f->host));
+        cuda_check(cudaEventCreateWithFlags(&f->copied, cudaEventDisableTiming));
+        cuda_check(cudaEventCreateWithFlags(&f->read, cudaEventDisableTiming));
+    }
+}
+
+static void feeds_free(Acts* s) {
+    for (Feed* f = s->feed; f < s->feed + 2; f++) {
+        if (!f->host) continue;
+        cuda_check(cudaFreeHost(f->host));
+        cuda_check(cudaEventDestroy(f->copied));
+        cuda_check(cudaEventDestroy(f->read));
+    }
+}
+
+// sends the ids and labels (N; labels may be NULL) of the next pass. The host waits for the copy of the pass before the last
+// one alone, so that a pass is always under way
+static void feed_pass(Acts* s, const int32_t* ids, const int32_t* labels, size_t N) {
+    const size_t bytes = N * sizeof *ids;
+    cuda_check(cudaEventRecord(s->feed[s->turn].read, gpu.stream)); // all that reads it has been launched
+    s->turn ^= 1;
+    Feed* f = &s->feed[s->turn];
+    cuda_check(cudaEventSynchronize(f->copied));
+    memcpy(f->host, ids, bytes);
+    if (labels) memcpy(f->host + N, labels, bytes);
+    cuda_check(cudaStreamWaitEvent(gpu.copies, f->read, 0));
+    cuda_check(cudaMemcpyAsync(f->device, f->host, labels ? 2 * bytes : bytes, cudaMemcpyHostToDevice, gpu.copies));
+    cuda_check(cudaEventRecord(f->copied, gpu.copies));
+    cuda_check(cudaStreamWaitEvent(gpu.stream, f->copied, 0));
+    s->ids = f->device;
+    s->labels = f->device + N;
 }
 
 // room for passes of up to B x T tokens, or, with a capacity, for `rows` tokens at a time of one sequence of T
@@ -278,6 +344,7 @@ static Acts acts_make(const Config* c, int B, int T, int rows, int capacity, boo
     cuda_check(cudaMemsetAsync(s.arena.block, 0, s.arena.used, gpu.stream));
     s.arena.used = 0;
     acts_layout(&s, c, B, T, training);
+    feeds_make(&s);
     size_t n = (size_t)T * (size_t)c->HD / 2;
     float* table = (float*)allocate(2 * n, sizeof *table);
     rope_table_cpu(table, table + n, T, c->HD, c->theta, c->factor, c->low, c->high, c->original);
@@ -290,8 +357,124 @@ static Acts acts_make(const Config* c, int B, int T, int rows, int capacity, boo
 
 static void acts_free(Acts* s) {
     free(s->layer);
-    cuda_check(cudaFree(s->arena.block));
+    gpu_free(s->arena.block, s->arena.used); // waits for the GPU
+    feeds_free(s);
     memset(s, 0, sizeof *s);
+}
+
+// ---- what training takes, before any of it is taken ------------------------------------------
+
+enum { RESERVE = 512 << 20 }; // bytes that stay free: kernels are loaded when they are first used, a sample has memory of its own
+
+// in bytes
+typedef struct {
+    double weights, master, gradients, moments;
+    double total; // with activations and the workspace of products
+    Acts s;       // laid out, not allocated
+} Plan;
+
+static double set_bytes(const Config* c, Dtype dtype) {
+    ParamSet s = params_list(c);
+    const size_t bytes = llama3_place(s.list, s.n, dtype, NULL);
+    params_free(&s);
+    return (double)bytes;
+}
+
+// what does not depend on the batch
+static Plan plan_sets(const Config* c) {
+    Plan p;
+    memset(&p, 0, sizeof p);
+    p.weights = p.gradients = set_bytes(c, DTYPE_X);
+    p.master = gpu.set.master ? set_bytes(c, DTYPE_F32) : 0;
+    p.moments = 2 * set_bytes(c, gpu.set.bf16_moments ? DTYPE_BF16 : DTYPE_F32);
+    p.total = p.weights + p.master + p.gradients + p.moments + MATMUL_WORKSPACE;
+    return p;
+}
+
+static Plan plan_make(const Config* c, int B, int T) {
+    Plan p = plan_sets(c);
+    p.s = acts_begin(c, B, T, B * T, 0, true);
+    p.total += (double)p.s.arena.used;
+    free(p.s.layer);
+    return p;
+}
+
+// that this program may have in all
+static double gpu_room(void) {
+    size_t free_bytes, total;
+    cuda_check(cudaMemGetInfo(&free_bytes, &total));
+    return (double)free_bytes + (double)gpu.bytes - RESERVE;
+}
+
+// whether B x T fits, if need be with a smaller chunk of the head, which then becomes the setting
+static bool plan_fits(Plan* p, const Config* c, int B, int T) {
+    const int64_t most = gpu.set.logits_bytes;
+    const double room = gpu_room();
+    *p = plan_make(c, B, T);
+    while (p->total > room && gpu.set.logits_bytes > LOGITS_LEAST) {
+        gpu.set.logits_bytes /= 2;
+        *p = plan_make(c, B, T);
+    }
+    if (p->total <= room) return true;
+    gpu.set.logits_bytes = most;
+    return false;
+}
+
+// changes settings, B and T to the nearest that fit, what costs least first; tokens are those of a step, which stay
+static bool plan_search(Plan* p, const Config* c, int* B, int* T, int64_t tokens) {
+    const Settings asked = gpu.set;
+    const int B0 = *B, T0 = *T;
+    for (int master = asked.master; master >= 0; master--)
+        for (*T = T0; *T == T0 || *T >= 64; *T /= 2)
+            for (*B = *T == T0 ? B0 : 1; *B >= 1; --*B)
+                for (int moments = asked.bf16_moments; moments <= 1; moments++)
+                    for (int level = asked.recompute; level < KEEP_NOTHING; level++) {
+                        if (tokens % ((int64_t)*B * *T)) continue;
+                        gpu.set = asked;
+                        gpu.set.master = master, gpu.set.bf16_moments = moments, gpu.set.recompute = (Recompute)level;
+                        if (plan_sets(c).total <= gpu_room() && plan_fits(p, c, *B, *T)) return true;
+                    }
+    return false;
+}
+
+// says what would fit; always false
+static bool plan_refuse(const Plan* p, const Config* c, int B, int T, int64_t rows, Error* err) {
+    const Settings asked = gpu.set;
+    const int B0 = B, T0 = T;
+    const double GiB = 0x1p30, room = gpu_room();
+    Plan fits;
+    char batch[96] = "", seq[32] = "";
+    if (!plan_search(&fits, c, &B, &T, rows * T))
+        return set_error(err, "training takes %.2f GiB of the GPU's memory, there are %.2f, and no batch of this model fits", p->total / GiB,
+                         room / GiB);
+    if (T != T0) snprintf(seq, sizeof seq, " --seq %d", T);
+    if (B != B0 || T != T0) snprintf(batch, sizeof batch, " --batch %d --total-batch %lld", B, (long long)rows * T0);
+    return set_error(err, "training takes %.2f GiB of the GPU's memory, there are %.2f; this takes %.2f:%s%s%s%s%s%s", p->total / GiB,
+                     room / GiB, fits.total / GiB, gpu.set.recompute != asked.recompute ? " --recompute " : "",
+                     gpu.set.recompute != asked.recompute ? recompute_names[gpu.set.recompute] : "",
+                     gpu.set.bf16_moments != asked.bf16_moments ? " --moments bf16" : "",
+                     gpu.set.master != asked.master ? " --master none" : "", batch, seq);
+}
+
+static void plan_print(const Plan* p, const Config* c, int B, int T) {
+    const double GiB = 0x1p30, logits = (double)p->s.head_rows * lm_head_stride(c->V) * sizeof(floatX);
+    const double layers = (double)p->s.layers, first = (double)p->s.first, layer = c->L > 1 ? (layers - first) / (c->L - 1) : layers;
+    const double scratch = (double)scratch_bytes(&p->s, c, B, T, true), rest = (double)p->s.arena.used - layers - logits - scratch;
+    fprintf(stderr, "memory     weights %.2f, master %.2f, gradients %.2f, moments %.2f, activations %d x %.3f + %.2f GiB (layers, shared)\n",
+            p->weights / GiB, p->master / GiB, p->gradients / GiB, p->moments / GiB, c->L, layer / GiB, (first - layer + rest) / GiB);
+    fprintf(stderr, "memory     logits of %d rows %.2f, attention and other scratch %.2f GiB: %.2f in all, %.2f more could be had\n",
+            p->s.head_rows, logits / GiB, scratch / GiB, p->total / GiB, (gpu_room() - p->total) / GiB);
+    fprintf(stderr, "attention  %s%s%s; recompute %s\n", attention_names[p->s.attention], *p->s.passed_over.text ? ", " : "",
+            p->s.passed_over.text, recompute_names[p->s.recompute]);
+}
+
+// the kernels move 16 bytes at a time
+static bool sizes_supported(const Config* c, Error* err) {
+    const char* const names[] = { "hidden_size", "intermediate_size", "head_dim" };
+    const int sizes[] = { c->C, c->F, c->HD };
+    for (int i = 0; i < 3; i++)
+        if (sizes[i] % 8) return set_error(err, "%s is %d, on the GPU a multiple of 8 is expected; llama3 takes any", names[i], sizes[i]);
+    return true;
 }
 
 static floatX* X(Tensor t) { return (floatX*)t.data; }
@@ -388,16 +571,16 @@ static void head_backward(const Config* c, const Params* w, Params* dw, Acts* s)
 
 // ---- 4. model --------------------------------------------------------------------------------
 
-// ids (B, T) through all layers and the final norm, to s->layer[L]. With a cache, B is 1 and the tokens stand at positions
-// s->pos and on
-static void llama3_forward(const Model* m, Acts* s, const int32_t* ids, int B, int T) {
+// ids (B, T) through all layers and the final norm, to s->layer[L]; labels (B, T), or NULL, are for what follows. With a cache,
+// B is 1 and the tokens stand at positions s->pos and on
+static void llama3_forward(const Model* m, Acts* s, const int32_t* ids, const int32_t* labels, int B, int T) {
     const Config* c = &m->c;
     const Params* w = m->w.set.p;
     const int N = B * T;
     require(N <= s->rows && (!s->cache || (B == 1 && s->pos + T <= s->capacity)), "the pass fits its memory");
     s->B = B;
     s->T = T;
-    cuda_check(cudaMemcpyAsync(s->ids, ids, (size_t)N * sizeof *ids, cudaMemcpyHostToDevice, gpu.stream));
+    feed_pass(s, ids, labels, (size_t)N);
     embedding_forward(s->layer[0].x, s->ids, X(w->embed), N, c->C, gpu.stream);
     rmsnorm_forward(s->layer[0].norm1, s->layer[0].r1, s->layer[0].x, X(w->layer[0].attn_norm), N, c->C, c->eps, gpu.stream);
     for (int l = 0; l < c->L; l++) {
@@ -406,35 +589,45 @@ static void llama3_forward(const Model* m, Acts* s, const int32_t* ids, int B, i
     }
 }
 
-// the sum of the losses of the pass, which the labels were sent for
-static double sum_losses(const Acts* s) {
-    const int N = s->B * s->T;
-    double sum = 0;
-    float* losses = (float*)allocate((size_t)N, sizeof *losses);
-    cuda_check(cudaMemcpyAsync(losses, s->losses, (size_t)N * sizeof *losses, cudaMemcpyDeviceToHost, gpu.stream));
+// waits for the stream and copies what lies on the GPU
+static void fetch(void* to, const void* from, size_t bytes) {
+    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, gpu.stream));
     cuda_check(cudaStreamSynchronize(gpu.stream));
-    for (int n = 0; n < N; n++) sum += (double)losses[n];
-    free(losses);
+}
+
+// one block; in double, and in a fixed order
+static __global__ void __launch_bounds__(1024) add_losses_kernel(double* sum, const float* losses, int N) {
+    double part = 0;
+    for (int n = threadIdx.x; n < N; n += blockDim.x) part += (double)losses[n];
+    part = adamw_block_sum(part);
+    if (threadIdx.x == 0) *sum += part;
+}
+
+// adds the losses of the pass to a sum on the GPU
+static void add_losses(double* sum, const Acts* s) {
+    const int N = s->B * s->T;
+    GpuOp op("add_losses", (double)N * sizeof(float), 0, gpu.stream);
+    add_losses_kernel<<<1, 1024, 0, gpu.stream>>>(sum, s->losses, N);
+    launch_check();
+}
+
+// after llama3_forward with labels: the sum of the losses
+static double llama3_loss(const Model* m, Acts* s) {
+    double sum;
+    head_forward(&m->c, m->w.set.p, NULL, s, 1);
+    cuda_check(cudaMemsetAsync(s->loss, 0, sizeof *s->loss, gpu.stream));
+    add_losses(s->loss, s);
+    fetch(&sum, s->loss, sizeof sum);
     return sum;
 }
 
-static void send_labels(Acts* s, const int32_t* labels, int N) {
-    cuda_check(cudaMemcpyAsync(s->labels, labels, (size_t)N * sizeof *labels, cudaMemcpyHostToDevice, gpu.stream));
-}
-
-static double llama3_loss(const Model* m, Acts* s, const int32_t* labels) {
-    send_labels(s, labels, s->B * s->T);
-    head_forward(&m->c, m->w.set.p, NULL, s, 1);
-    return sum_losses(s);
-}
-
-// after llama3_forward: adds the gradient of scale * (sum of the losses) to m->dw and returns that sum
-static double llama3_backward(Model* m, Acts* s, const int32_t* labels, float scale) {
+// after llama3_forward with labels: adds the gradient of scale * (sum of the losses) to m->dw and that sum to s->step
+static void llama3_backward(Model* m, Acts* s, float scale) {
     const Config* c = &m->c;
     Params *w = m->w.set.p, *dw = m->dw.set.p;
     const bool add = !m->dw_empty; // the first products of a layer after an update overwrite; norms, embedding and head are zeros
-    send_labels(s, labels, s->B * s->T);
     head_forward(c, w, dw, s, scale);
+    add_losses(&s->step->loss, s);
     head_backward(c, w, dw, s);
     for (int l = c->L - 1; l >= 0; l--) {
         recompute_layer(c, &w->layer[l], s, l);
@@ -443,28 +636,36 @@ static double llama3_backward(Model* m, Acts* s, const int32_t* labels, float sc
     }
     embedding_backward(X(dw->embed), s->dx, s->ids, s->B * s->T, c->C, c->V, s->scratch, gpu.stream);
     m->dw_empty = false;
-    return sum_losses(s);
 }
 
-// the gradients are empty: what is added to becomes zero, the rest is marked to be overwritten
-static void llama3_empty_gradients(Model* m) {
+// a new step: the gradients are empty (what is added to becomes zero, the rest is marked to be overwritten), and so is the loss
+static void llama3_begin_step(Model* m) {
+    cuda_check(cudaMemsetAsync(m->s.step, 0, sizeof *m->s.step, gpu.stream));
     for (int i = 0; i < m->dw.set.n; i++) {
         const Param* p = &m->dw.set.list[i];
         const bool added_to = !p->rows || p->tensor == &m->dw.set.p->embed || p->tensor == &m->dw.set.p->lm_head;
-        if (added_to) cuda_check(cudaMemsetAsync(p->tensor->data, 0, param_size(p) * sizeof(floatX), gpu.stream));
+        const size_t bytes = param_size(p) * sizeof(floatX);
+        if (!added_to) continue;
+        GpuOp op("clear_gradient", (double)bytes, 0, gpu.stream);
+        cuda_check(cudaMemsetAsync(p->tensor->data, 0, bytes, gpu.stream));
     }
     m->dw_empty = true;
 }
 
-// one AdamW step with m->dw, clipped to a global norm, which is returned as it was before. Changes nothing when it is not finite
-static float llama3_update(Model* m, AdamWOptions o) {
-    NvtxRange range("llama3_update");
-    float norm = 0;
+// the norm of all gradients and what clips it, to s->step, which the host waits for
+static StepNumbers llama3_norm(Model* m, float clip) {
+    StepNumbers step;
     sum_of_squares(m->s.sums, (const floatX*)m->dw.memory, m->dw.bytes / sizeof(floatX) / 8 * 8, gpu.stream); // padding is zeros
-    global_norm(m->s.norm, m->s.sums, o.clip, gpu.stream);
-    cuda_check(cudaMemcpyAsync(&norm, m->s.norm, sizeof norm, cudaMemcpyDeviceToHost, gpu.stream));
-    cuda_check(cudaStreamSynchronize(gpu.stream));
-    if (!isfinite(norm)) return norm;
+    global_norm(&m->s.step->norm, m->s.sums, clip, gpu.stream);
+    fetch(&step, m->s.step, sizeof step);
+    timing_step();
+    return step;
+}
+
+// one AdamW step with m->dw, clipped by s->step
+static void llama3_update(Model* m, AdamWOptions o) {
+    NvtxRange range("llama3_update");
+    const float* factor = &m->s.step->factor;
     m->updates++;
     for (int i = 0; i < m->w.set.n; i++) {
         const Param* p = &m->w.set.list[i];
@@ -474,12 +675,11 @@ static float llama3_update(Model* m, AdamWOptions o) {
         void *mi = m->m.set.list[i].tensor->data, *vi = m->v.set.list[i].tensor->data;
         if (gpu_set_dtype(&m->m) == DTYPE_BF16)
             adamw(X(*p->tensor), master, (__nv_bfloat16*)mi, (__nv_bfloat16*)vi, g, param_size(p), o.lr, o.beta1, o.beta2, o.eps,
-                  decay, (int)m->updates, m->s.norm + 1, 0, (uint64_t)i, gpu.stream);
+                  decay, (int)m->updates, factor, o.seed, (uint64_t)i, gpu.stream);
         else
             adamw(X(*p->tensor), master, (float*)mi, (float*)vi, g, param_size(p), o.lr, o.beta1, o.beta2, o.eps, decay,
-                  (int)m->updates, m->s.norm + 1, 0, (uint64_t)i, gpu.stream);
+                  (int)m->updates, factor, o.seed, (uint64_t)i, gpu.stream);
     }
-    return norm;
 }
 
 // overwrites logits (V, in host memory) with those of row n
@@ -489,8 +689,7 @@ static void llama3_logits(const Model* m, Acts* s, float* logits, int n) {
     const floatX* x = s->layer[c->L].norm1 + (size_t)n * (size_t)c->C;
     matmul_forward(s->logits, lm_head_stride(c->V), x, X(m->w.set.p->lm_head), 1, c->C, c->V, gpu.stream);
     floatX* stored = (floatX*)allocate(V, sizeof *stored);
-    cuda_check(cudaMemcpyAsync(stored, s->logits, V * sizeof *stored, cudaMemcpyDeviceToHost, gpu.stream));
-    cuda_check(cudaStreamSynchronize(gpu.stream));
+    fetch(stored, s->logits, V * sizeof *stored);
     const Tensor t = { stored, DTYPE_X };
     for (size_t i = 0; i < V; i++) logits[i] = tensor_get(t, i);
     free(stored);
@@ -500,7 +699,7 @@ static void llama3_logits(const Model* m, Acts* s, float* logits, int n) {
 static void llama3_feed(const Model* m, Acts* s, const int32_t* ids, int n, float* logits) {
     while (n > 0) {
         const int T = n < s->rows ? n : s->rows;
-        llama3_forward(m, s, ids, 1, T);
+        llama3_forward(m, s, ids, NULL, 1, T);
         s->pos += T;
         ids += T;
         n -= T;
@@ -512,18 +711,48 @@ enum { PREFILL_ROWS = 512 }; // tokens of a prompt that go through the model at 
 
 // ---- 5. the model, as llmc/model.h promises it -----------------------------------------------
 
-// the GPU in use: there is one, and it is new enough; said in one line otherwise
-static void gpu_start(void) {
-    int count = 0, major = 0, device = 0;
-    if (gpu.stream) return;
-    cudaError_t code = cudaGetDeviceCount(&count);
+// a thread a number; the same numbers as llama3_init makes on the CPU
+static __global__ void init_kernel(floatX* w, float* master, size_t n, float std, uint64_t seed, uint64_t tensor) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const float x = std != 0 ? std * random_normal(seed, tensor, i) : 1;
+    w[i] = from_float<floatX>(x);
+    if (master) master[i] = x;
+}
+
+// whether there is a GPU that this program runs on
+static bool gpu_usable(Error* why) {
+    int count = 0, driver = 0, device = 0, major = 0, minor = 0;
+    cudaFuncAttributes kernel;
+    const cudaError_t code = cudaGetDeviceCount(&count);
+    if (code == cudaErrorInsufficientDriver && (cudaDriverGetVersion(&driver) != cudaSuccess || !driver))
+        return set_error(why, "no NVIDIA GPU that this program can use: there is no driver; llama3 runs on the CPU");
+    if (code == cudaErrorInsufficientDriver)
+        return set_error(why, "the NVIDIA driver is too old: it knows CUDA %d.%d, this program was built with %d.%d; install a newer "
+                              "driver, or build with an older toolkit", driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
+                         CUDART_VERSION % 1000 / 10);
     if (code != cudaSuccess || count == 0)
-        die("no NVIDIA GPU that this program can use: %s; llama3 runs on the CPU", code == cudaSuccess ? "none found" : cudaGetErrorString(code));
+        return set_error(why, "no NVIDIA GPU that this program can use: %s; llama3 runs on the CPU",
+                         code == cudaSuccess ? "none found" : cudaGetErrorString(code));
     cuda_check(cudaGetDevice(&device));
     cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    if (major < 8) die("this GPU has compute capability %d, but 8.0 (Ampere) is the least that is supported", major);
+    cuda_check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    if (major < 8)
+        return set_error(why, "this GPU has compute capability %d.%d, but 8.0 (Ampere) is the least that is supported", major, minor);
+    if (cudaFuncGetAttributes(&kernel, init_kernel) == cudaErrorNoKernelImageForDevice)
+        return set_error(why, "this GPU has compute capability %d.%d, for which this program was not built: "
+                              "make train_llama3cu CUDA_ARCH=%d", major, minor, 10 * (major > 9 ? 10 : major));
+    return true;
+}
+
+static void gpu_start(void) {
+    Error why;
+    if (gpu.stream) return;
+    if (!gpu_usable(&why)) die("%s", why.text);
     cuda_check(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
+    cuda_check(cudaStreamCreateWithFlags(&gpu.copies, cudaStreamNonBlocking));
     matmul_init();
+    gpu.bytes += MATMUL_WORKSPACE;
 }
 
 static int index_of(const char* word, const char* const* words, int n) {
@@ -537,30 +766,28 @@ bool model_configure(const Options* o, Error* err) {
     if (wanted >= 0 && !attention_built_with((AttentionBackend)wanted))
         return set_error(err, "--attention %s: this program was built without it (PRECISION=FP32 has reference alone, cudnn needs "
                               "make train_llama3cu USE_CUDNN=1)", o->attention);
-    gpu.attention = wanted >= 0 ? (AttentionBackend)wanted : ATTENTION_CUDNN;
-    gpu.recompute = (Recompute)index_of(o->recompute, recompute_names, KEEP_NOTHING);
-    gpu.bf16_moments = strcmp(o->moments, "bf16") == 0;
+    const bool master = strcmp(o->master, "fp32") == 0;
+    if (!master && DTYPE_X == DTYPE_F32)
+        return set_error(err, "--master none: this program was built with PRECISION=FP32, whose weights are fp32 themselves");
+    gpu.set.attention = wanted >= 0 ? (AttentionBackend)wanted : ATTENTION_CUDNN;
+    gpu.set.recompute = (Recompute)index_of(o->recompute, recompute_names, KEEP_NOTHING);
+    gpu.set.bf16_moments = strcmp(o->moments, "bf16") == 0;
+    gpu.set.master = master && DTYPE_X == DTYPE_BF16;
+    timing.wanted = o->timing;
     attention_fast(o->fast_attention);
     return true;
 }
 
 static Model* model_empty(const Config* c, bool training) {
     Model* m = (Model*)allocate(1, sizeof *m);
+    Error err;
+    if (!sizes_supported(c, &err)) die("%s", err.text);
     gpu_start();
     matmul_cache_read(); // behind the choices of a resumed run, which count first
     m->c = *c;
     m->w = gpu_set_make(c, DTYPE_X, "the weights");
-    if (training && DTYPE_X == DTYPE_BF16) m->master = gpu_set_make(c, DTYPE_F32, "the master weights");
+    if (training && gpu.set.master) m->master = gpu_set_make(c, DTYPE_F32, "the master weights");
     return m;
-}
-
-// a thread a number; the same numbers as llama3_init makes on the CPU
-static __global__ void init_kernel(floatX* w, float* master, size_t n, float std, uint64_t seed, uint64_t tensor) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    const float x = std != 0 ? std * random_normal(seed, tensor, i) : 1;
-    w[i] = from_float<floatX>(x);
-    if (master) master[i] = x;
 }
 
 Model* model_make(const Config* c, uint64_t seed) {
@@ -618,47 +845,81 @@ bool model_is_finite(const Model* m, Error* err) {
     return true;
 }
 
-// what a training run takes, by kind
-static __attribute__((unused)) void print_plan(const Model* m) {
-    const double GiB = 0x1p30;
-    size_t free_bytes = 0, total = 0;
-    cuda_check(cudaMemGetInfo(&free_bytes, &total));
-    fprintf(stderr, "memory     weights %.2f, master %.2f, gradients %.2f, moments %.2f, activations %.2f GiB; %.2f of %.2f GiB stay free\n",
-            (double)m->w.bytes / GiB, (double)m->master.bytes / GiB, (double)m->dw.bytes / GiB,
-            (double)(m->m.bytes + m->v.bytes) / GiB, (double)m->s.arena.used / GiB, (double)free_bytes / GiB, (double)total / GiB);
-    fprintf(stderr, "attention  %s%s%s; recompute %s\n", attention_names[m->s.attention], *m->s.passed_over.text ? ", " : "",
-            m->s.passed_over.text, recompute_names[m->s.recompute]);
+bool model_plan(const Config* c, int B, int T, int64_t rows, Error* err) {
+    Plan p;
+    const int64_t noted = gpu.set.logits_bytes;
+    if (!sizes_supported(c, err)) return false;
+    gpu_start();
+    gpu.accumulates = rows > B;
+    if (!plan_fits(&p, c, B, T)) return plan_refuse(&p, c, B, T, rows, err);
+    if (gpu.chunk_noted && gpu.set.logits_bytes != noted)
+        fprintf(stderr, "warning: less memory is free than when the run began: it goes on in smaller chunks, and losses may differ in "
+                        "their last bits\n");
+    plan_print(&p, c, B, T);
+    return true;
+}
+
+// has the algorithms of a step's products chosen: they are timed in memory that is not there any more later
+static void choose_products(const Config* c, const Acts* s, int N, bool training) {
+    const int Q = c->NH * c->HD, ld = lm_head_stride(c->V);
+    const int sizes[][2] = { { c->C, config_qkv(c) }, { Q, c->C }, { c->C, 2 * c->F }, { c->F, c->C } }; // inputs, outputs
+    const int chunks[] = { N < s->head_rows ? N : s->head_rows, N % s->head_rows };
+    for (int i = 0; i < 4; i++) {
+        const int in = sizes[i][0], out = sizes[i][1];
+        matmul_choose(matmul_shape(MATMUL_FORWARD, false, false, N, in, out, out), gpu.stream);
+        if (training) matmul_choose(matmul_shape(MATMUL_DX, false, false, N, in, out, out), gpu.stream);
+        for (int add = 0; add <= gpu.accumulates && training; add++)
+            matmul_choose(matmul_shape(MATMUL_DW, add, false, N, in, out, out), gpu.stream);
+    }
+    for (int i = 0; i < 2 && chunks[i]; i++) {
+        matmul_choose(matmul_shape(MATMUL_FORWARD, false, false, chunks[i], c->C, c->V, ld), gpu.stream);
+        if (training) matmul_choose(matmul_shape(MATMUL_DX, false, false, chunks[i], c->C, c->V, ld), gpu.stream);
+        if (training) matmul_choose(matmul_shape(MATMUL_DW, true, false, chunks[i], c->C, c->V, ld), gpu.stream);
+    }
 }
 
 void model_reserve(Model* m, int B, int T, bool training) {
     acts_free(&m->s);
     if (training && !m->dw.memory) {
-        const Dtype moments = gpu.bf16_moments ? DTYPE_BF16 : DTYPE_F32;
+        const Dtype moments = gpu.set.bf16_moments ? DTYPE_BF16 : DTYPE_F32;
         m->dw = gpu_set_make(&m->c, DTYPE_X, "the gradients");
         m->m = gpu_set_make(&m->c, moments, "AdamW's first moments");
         m->v = gpu_set_make(&m->c, moments, "AdamW's second moments");
         m->dw_empty = true;
     }
+    Acts s = acts_begin(&m->c, B, T, B * T, 0, training);
+    choose_products(&m->c, &s, B * T, training);
+    free(s.layer);
     m->s = acts_make(&m->c, B, T, B * T, 0, training);
-#ifndef LLAMA3_LIBRARY
-    if (training) print_plan(m);
-#endif
 }
 
 double model_loss(Model* m, const int32_t* ids, const int32_t* labels, int B, int T) {
-    llama3_forward(m, &m->s, ids, B, T);
-    return llama3_loss(m, &m->s, labels);
+    timing_spoil();
+    llama3_forward(m, &m->s, ids, labels, B, T);
+    return llama3_loss(m, &m->s);
 }
 
-double model_backward(Model* m, const int32_t* ids, const int32_t* labels, int B, int T, float scale) {
-    llama3_forward(m, &m->s, ids, B, T);
-    return llama3_backward(m, &m->s, labels, scale);
+void model_backward(Model* m, const int32_t* ids, const int32_t* labels, int B, int T, float scale) {
+    timing_begin();
+    llama3_forward(m, &m->s, ids, labels, B, T);
+    llama3_backward(m, &m->s, scale);
 }
 
-float model_update(Model* m, AdamWOptions o) {
-    const float norm = llama3_update(m, o);
-    if (isfinite(norm)) llama3_empty_gradients(m);
-    return norm;
+StepSums model_sums(Model* m, float clip) {
+    const StepNumbers step = llama3_norm(m, clip);
+    return StepSums{ step.loss, step.norm };
+}
+
+void model_skip(Model* m) { llama3_begin_step(m); }
+
+void model_update(Model* m, AdamWOptions o) {
+    llama3_update(m, o);
+    llama3_begin_step(m);
+}
+
+void model_report(const Model* m) {
+    (void)m;
+    timing_print();
 }
 
 Sequence* sequence_make(const Model* m, int capacity) {
@@ -676,29 +937,38 @@ void sequence_free(Sequence* s) {
 
 int sequence_length(const Sequence* s) { return s->s.pos; }
 void sequence_clear(Sequence* s) { s->s.pos = 0; }
-void sequence_feed(Sequence* s, const int32_t* ids, int n, float* logits) { llama3_feed(s->m, &s->s, ids, n, logits); }
+void sequence_feed(Sequence* s, const int32_t* ids, int n, float* logits) {
+    timing_spoil();
+    llama3_feed(s->m, &s->s, ids, n, logits);
+}
 
-// the numbers that training goes on from: fp32, also where passes use bf16
+// the numbers that training goes on from: fp32, also where passes use bf16, if there are master weights
 static const GpuSet* exact_weights(const Model* m) { return m->master.memory ? &m->master : &m->w; }
+
+// what they are saved as: bf16 numbers are no better for 32 bits
+static Dtype saved_dtype(const Model* m, Dtype dtype) {
+    return gpu_set_dtype(exact_weights(m)) == DTYPE_BF16 ? DTYPE_BF16 : dtype;
+}
 
 bool model_save(const Model* m, const char* folder, Dtype dtype, Error* err) {
     ParamsFile file = { NULL, 0 };
     ParamSet host = gpu_set_download(exact_weights(m), &m->c, gpu_set_dtype(exact_weights(m)));
+    dtype = saved_dtype(m, dtype);
     params_add(&file, "", &host, dtype);
     const bool ok = config_write(&m->c, folder, dtype, err) && params_write(&file, folder, "model.safetensors", err);
     params_free(&host);
     return ok;
 }
 
-bool model_save_optimizer(const Model* m, const char* folder, bool master, Error* err) {
-    const Dtype dtype = gpu_set_dtype(&m->m);
+bool model_save_optimizer(const Model* m, const char* folder, Dtype dtype, Error* err) {
+    const Dtype moments = gpu_set_dtype(&m->m), exact = gpu_set_dtype(exact_weights(m));
     ParamsFile file = { NULL, 0 };
-    ParamSet hm = gpu_set_download(&m->m, &m->c, dtype), hv = gpu_set_download(&m->v, &m->c, dtype), hw = { NULL, NULL, 0, NULL };
-    params_add(&file, "m.", &hm, dtype);
-    params_add(&file, "v.", &hv, dtype);
-    if (master) {
-        hw = gpu_set_download(exact_weights(m), &m->c, DTYPE_F32);
-        params_add(&file, "master.", &hw, DTYPE_F32);
+    ParamSet hm = gpu_set_download(&m->m, &m->c, moments), hv = gpu_set_download(&m->v, &m->c, moments), hw = { NULL, NULL, 0, NULL };
+    params_add(&file, "m.", &hm, moments);
+    params_add(&file, "v.", &hv, moments);
+    if (saved_dtype(m, dtype) != exact) {
+        hw = gpu_set_download(exact_weights(m), &m->c, exact);
+        params_add(&file, "master.", &hw, exact);
     }
     const bool ok = params_write(&file, folder, "optimizer.safetensors", err);
     params_free(&hm), params_free(&hv), params_free(&hw);
@@ -717,25 +987,42 @@ bool model_load_optimizer(Model* m, const char* folder, int64_t updates, Error* 
     return ok || error_in(err, path);
 }
 
+// the products' algorithms, and the chunk of the head: where it ends, sums are rounded
 char* model_choices_write(void) {
     matmul_cache_write();
-    return matmul_choices_write();
+    char* text = matmul_choices_write();
+    const size_t n = strlen(text);
+    text = (char*)reallocate(text, n + 64, 1);
+    snprintf(text + n, 64, "chunk of logits: %lld bytes\n", (long long)gpu.set.logits_bytes);
+    return text;
 }
 
 void model_choices_read(const char* text) {
+    long long bytes;
+    const char* chunk = strstr(text, "chunk of logits:");
     gpu_start();
     matmul_choices_read(text);
+    if (chunk && sscanf(chunk, "chunk of logits: %lld bytes", &bytes) == 1 && bytes >= LOGITS_LEAST && bytes <= LOGITS_MOST) {
+        gpu.set.logits_bytes = bytes;
+        gpu.chunk_noted = true;
+    }
 }
 
-double model_training_bytes(const Config* c, int B, int T) {
-    gpu_start(); // what sorting takes depends on the GPU
-    const double numbers = params_count(c).total;
-    const double moments = gpu.bf16_moments ? 4 : 8, master = DTYPE_X == DTYPE_BF16 ? 4 : 0;
-    return numbers * (2 * (double)sizeof(floatX) + master + moments) + (double)acts_bytes(c, B, T, B * T, 0, true);
+bool model_training_bytes(const Config* c, int B, int T, double* bytes, Error* why) {
+    if (!gpu.stream && !gpu_usable(why)) return false; // what sorting and attention take depends on the GPU
+    gpu_start();
+    *bytes = plan_make(c, B, T).total;
+    return true;
+}
+
+const char* model_storage(void) {
+    return DTYPE_X == DTYPE_BF16 ? "weights and gradients in BF16, master weights and moments in F32" : "weights, gradients and moments in F32";
 }
 
 double model_sequence_bytes(const Config* c, int capacity) {
-    return (double)acts_bytes(c, 1, capacity, capacity < PREFILL_ROWS ? capacity : PREFILL_ROWS, capacity, false);
+    Acts s = acts_begin(c, 1, capacity, capacity < PREFILL_ROWS ? capacity : PREFILL_ROWS, capacity, false);
+    free(s.layer);
+    return (double)s.arena.used;
 }
 
 #ifndef LLAMA3_LIBRARY
@@ -754,26 +1041,45 @@ int main(int argc, char** argv) {
 
 // ---- the library, for test_llama3.cu ---------------------------------------------------------
 
+#include "llmc/library.h"
+
 struct GpuModel {
     Model* m;
     float* numbers; // last handed out
 };
 
 bool gpu_set(const char* option, const char* value) {
+    static const char *const moments[] = { "fp32", "bf16" }, *const masters[] = { "none", "fp32" }, *const off_on[] = { "off", "on" };
+    int i = -1;
     if (strcmp(option, "recompute") == 0) {
-        const int level = index_of(value, recompute_names, KEEP_NOTHING);
-        gpu.recompute = level < 0 ? RECOMPUTE_NONE : (Recompute)level;
-        return level >= 0;
+        if ((i = index_of(value, recompute_names, KEEP_NOTHING)) >= 0) gpu.set.recompute = (Recompute)i;
+    } else if (strcmp(option, "attention") == 0) {
+        if ((i = index_of(value, attention_names, N_ATTENTION)) < 0 || !attention_built_with((AttentionBackend)i)) return false;
+        gpu.set.attention = (AttentionBackend)i;
+    } else if (strcmp(option, "moments") == 0) {
+        if ((i = index_of(value, moments, 2)) >= 0) gpu.set.bf16_moments = i;
+    } else if (strcmp(option, "master") == 0 && DTYPE_X == DTYPE_BF16) {
+        if ((i = index_of(value, masters, 2)) >= 0) gpu.set.master = i;
+    } else if (strcmp(option, "timing") == 0) {
+        if ((i = index_of(value, off_on, 2)) >= 0) timing.wanted = i;
+        if (i == 0) gpu_calls.on = false;
     }
-    if (strcmp(option, "attention") == 0) {
-        const int backend = index_of(value, attention_names, N_ATTENTION);
-        if (backend < 0 || !attention_built_with((AttentionBackend)backend)) return false;
-        gpu.attention = (AttentionBackend)backend;
-        return true;
-    }
-    if (strcmp(option, "moments") != 0) return false;
-    gpu.bf16_moments = strcmp(value, "bf16") == 0;
-    return gpu.bf16_moments || strcmp(value, "fp32") == 0;
+    return i >= 0;
+}
+
+double gpu_bytes(void) { return (double)gpu.bytes; }
+
+double gpu_planned_bytes(const Config* c, int B, int T) {
+    gpu_start();
+    return plan_make(c, B, T).total;
+}
+
+double gpu_timed(const char* op) {
+    double ms = 0;
+    if (!op) return timing.steps ? timing.ms / (double)timing.steps : 0;
+    for (int i = 0; i < timing.n; i++)
+        if (strcmp(timing.rows[i].op, op) == 0) ms += timing.rows[i].ms / (double)timing.steps;
+    return ms;
 }
 
 GpuModel* gpu_model_load(const char* folder) {
@@ -794,7 +1100,7 @@ GpuModel* gpu_model_resume(const char* folder, int64_t updates) {
 
 void gpu_save(GpuModel* g, const char* folder) {
     Error err;
-    if (!model_save(g->m, folder, DTYPE_F32, &err) || !model_save_optimizer(g->m, folder, false, &err)) die("%s", err.text);
+    if (!model_save(g->m, folder, DTYPE_F32, &err) || !model_save_optimizer(g->m, folder, DTYPE_F32, &err)) die("%s", err.text);
 }
 
 void gpu_model_free(GpuModel* g) {
@@ -811,28 +1117,25 @@ static void gpu_reserve(Model* m, int B, int T) {
     if (m->s.rows != B * T || m->s.B != B) model_reserve(m, B, T, true);
 }
 
-static int count_labels(const int32_t* labels, int n) {
-    int count = 0;
-    for (int i = 0; i < n; i++) count += labels[i] != IGNORED_LABEL;
-    return count ? count : 1;
-}
-
 float gpu_forward(GpuModel* g, const int32_t* ids, const int32_t* labels, int B, int T, float* logits) {
     gpu_reserve(g->m, B, T);
-    llama3_forward(g->m, &g->m->s, ids, B, T);
+    llama3_forward(g->m, &g->m->s, ids, labels, B, T);
     for (int n = 0; logits && n < B * T; n++) llama3_logits(g->m, &g->m->s, logits + (size_t)n * (size_t)g->m->c.V, n);
-    return labels ? (float)(llama3_loss(g->m, &g->m->s, labels) / count_labels(labels, B * T)) : 0;
+    return labels ? (float)(llama3_loss(g->m, &g->m->s) / count_labels(labels, B * T)) : 0;
 }
 
 double gpu_accumulate(GpuModel* g, const int32_t* ids, const int32_t* labels, int B, int T, float scale) {
+    double loss;
     gpu_reserve(g->m, B, T);
-    return model_backward(g->m, ids, labels, B, T, scale);
+    model_backward(g->m, ids, labels, B, T, scale);
+    fetch(&loss, &g->m->s.step->loss, sizeof loss);
+    return loss;
 }
 
 float gpu_backward(GpuModel* g, const int32_t* ids, const int32_t* labels, int B, int T) {
     const int count = count_labels(labels, B * T);
     gpu_reserve(g->m, B, T);
-    llama3_empty_gradients(g->m);
+    llama3_begin_step(g->m);
     return (float)(gpu_accumulate(g, ids, labels, B, T, 1 / (float)count) / count);
 }
 
@@ -857,22 +1160,12 @@ const float* gpu_parameter(GpuModel* g, const char* name, size_t* n) { return gp
 const float* gpu_gradient(GpuModel* g, const char* name, size_t* n) { return gpu_numbers(g, &g->m->dw, name, n); }
 
 float gpu_update(GpuModel* g, float lr, float beta1, float beta2, float eps, float weight_decay, float clip) {
-    const AdamWOptions o = { lr, beta1, beta2, eps, weight_decay, clip };
-    return model_update(g->m, o);
+    const AdamWOptions o = { lr, beta1, beta2, eps, weight_decay, 1 };
+    const float norm = model_sums(g->m, clip).norm;
+    if (isfinite(norm)) model_update(g->m, o);
+    return norm;
 }
 
-void gpu_generate_greedy(GpuModel* g, int32_t* ids, int n_prompt, int n_total) {
-    const int V = g->m->c.V;
-    Sequence* s = sequence_make(g->m, n_total);
-    float* logits = (float*)allocate((size_t)V, sizeof *logits);
-    for (int n = 0; n_prompt < n_total; n = n_prompt++) {
-        sequence_feed(s, ids + n, n_prompt - n, logits);
-        ids[n_prompt] = 0;
-        for (int i = 1; i < V; i++)
-            if (logits[i] > logits[ids[n_prompt]]) ids[n_prompt] = i;
-    }
-    free(logits);
-    sequence_free(s);
-}
+void gpu_generate_greedy(GpuModel* g, int32_t* ids, int n_prompt, int n_total) { generate_greedy(g->m, ids, n_prompt, n_total); }
 
 #endif

@@ -95,6 +95,8 @@ static inline void info_parameters(const Config* c) {
 // twice the forward pass
 static inline void info_costs(const Config* c, double stored) {
     const double MiB = 0x1p20;
+    double training;
+    Error why;
     ParamCount n = params_count(c);
     int T = c->context < 2048 ? c->context : 2048, train_T = c->context < 256 ? c->context : 256;
     double products = n.attention + n.ffn + (c->tied ? n.embed : n.head);
@@ -102,8 +104,9 @@ static inline void info_costs(const Config* c, double stored) {
     printf("FLOPs per token        forward %.4g, training %.4g (T %d)\n", forward, 3 * forward, T);
     if (stored > 0) printf("weights                %.1f MiB as stored\n", stored / MiB);
     else printf("weights                %.1f MiB in F32, %.1f MiB in BF16\n", 4 * n.total / MiB, 2 * n.total / MiB);
-    printf("memory to train        %.1f MiB (B 8, T %d; weights, gradients and moments in F32)\n",
-           model_training_bytes(c, 8, train_T) / MiB, train_T);
+    if (model_training_bytes(c, 8, train_T, &training, &why))
+        printf("memory to train        %.1f MiB (B 8, T %d; %s)\n", training / MiB, train_T, model_storage());
+    else printf("memory to train        not known here: %s\n", why.text);
     printf("memory to run          the weights and %.1f MiB (keys and values of %d tokens)\n", model_sequence_bytes(c, T) / MiB, T);
 }
 

@@ -176,9 +176,9 @@ static inline bool json_whole(const cJSON* item, int64_t* value) {
 
 // ---- writing ---------------------------------------------------------------------------------
 
-// adds a finite number with digits enough that the same double is read again: cJSON's own printing may lose the last
+// a finite number with digits enough that the same double is read again: cJSON's own printing may lose the last
 // bit. Whole ones are written 8.0, as readers that tell floats from integers want it
-static inline void json_add_float(cJSON* object, const char* key, double x) {
+static inline cJSON* json_float(double x) {
     require(isfinite(x), "JSON has finite numbers only");
     char text[40];
     for (int digits = 15; digits <= 17; digits++) {
@@ -186,7 +186,14 @@ static inline void json_add_float(cJSON* object, const char* key, double x) {
         if (strtod(text, NULL) == x) break;
     }
     if (!strpbrk(text, ".e")) strcat(text, ".0");
-    cJSON_AddRawToObject(object, key, text);
+    return cJSON_CreateRaw(text);
+}
+
+static inline void json_add_float(cJSON* object, const char* key, double x) { cJSON_AddItemToObject(object, key, json_float(x)); }
+
+static inline void json_add_floats(cJSON* object, const char* key, const double* x, int n) {
+    cJSON* array = cJSON_AddArrayToObject(object, key);
+    for (int i = 0; i < n; i++) cJSON_AddItemToArray(array, json_float(x[i]));
 }
 
 // writes the tree to folder/name, and deletes the tree

@@ -221,7 +221,7 @@ void cpu_generate_greedy(CpuModel* m, int32_t* ids, int n_prompt, int n_total);
 typedef struct GpuModel GpuModel;
 
 // an option as on the command line, for the models loaded afterwards: "attention" "flash", "recompute" "norms", "moments"
-// "bf16"; false when this build or this GPU cannot do that
+// "bf16", "master" "none", "timing" "on"; false when this build or this GPU cannot do that
 bool gpu_set(const char* option, const char* value);
 
 GpuModel* gpu_model_load(const char* folder);
@@ -235,12 +235,19 @@ const char* gpu_attention(const GpuModel* m);                    // the back end
 float gpu_forward(GpuModel* m, const int32_t* ids, const int32_t* labels, int B, int T, float* logits);
 float gpu_backward(GpuModel* m, const int32_t* ids, const int32_t* labels, int B, int T);
 
-// adds the gradient of scale * (the sum of the losses), and returns the sum
+// adds the gradient of scale * (the sum of the losses), and returns the sum since the last update
 double gpu_accumulate(GpuModel* m, const int32_t* ids, const int32_t* labels, int B, int T, float scale);
 
 // copies, valid until the next call: the weights as the passes read them
 const float* gpu_parameter(GpuModel* m, const char* name, size_t* n);
 const float* gpu_gradient(GpuModel* m, const char* name, size_t* n);
+
+// of the GPU's memory: what is allocated, and what a model and training it on batches (B, T) are planned to take
+double gpu_bytes(void);
+double gpu_planned_bytes(const Config* c, int B, int T);
+
+// milliseconds of a step that all calls of an op took, by its name; NULL: the whole step. 0: not timed
+double gpu_timed(const char* op);
 
 float gpu_update(GpuModel* m, float lr, float beta1, float beta2, float eps, float weight_decay, float clip);
 void gpu_generate_greedy(GpuModel* m, int32_t* ids, int n_prompt, int n_total);

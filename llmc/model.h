@@ -39,22 +39,41 @@ MODEL_API bool model_is_finite(const Model* m, Error* err);
 
 // ---- passes: ids and labels (B, T), label t is the token after id t, IGNORED_LABEL does not count ----
 
+// whether there is memory to train with batches (B, T), `rows` sequences to a step, before any is taken: says what goes where,
+// or in err the nearest configuration that fits
+MODEL_API bool model_plan(const Config* c, int B, int T, int64_t rows, Error* err);
+
 // memory for passes of up to B sequences of up to T tokens; training: with backward and updates
 MODEL_API void model_reserve(Model* m, int B, int T, bool training);
 
 // the sum of the losses
 MODEL_API double model_loss(Model* m, const int32_t* ids, const int32_t* labels, int B, int T);
 
-// adds the gradient of scale * (the sum of the losses) to the model's, and returns the sum
-MODEL_API double model_backward(Model* m, const int32_t* ids, const int32_t* labels, int B, int T, float scale);
+// adds the gradient of scale * (the sum of the losses) to the model's, and that sum to the step's. May return before it is
+// done; ids and labels are the caller's again
+MODEL_API void model_backward(Model* m, const int32_t* ids, const int32_t* labels, int B, int T, float scale);
 
 typedef struct {
-    float lr, beta1, beta2, eps, weight_decay, clip; // clip 0: none
+    double loss; // the sum over the step's passes
+    float norm;  // of the gradients, before they are clipped
+} StepSums;
+
+// waits for the step's passes. clip: the largest norm that its update lets the gradients have, 0: any
+MODEL_API StepSums model_sums(Model* m, float clip);
+
+typedef struct {
+    float lr, beta1, beta2, eps, weight_decay;
+    uint64_t seed; // of what is rounded at random
 } AdamWOptions;
 
-// one AdamW step with the gradients, clipped to a global norm, which are zero afterwards; returns the norm before. A norm
-// that is not finite changes nothing
-MODEL_API float model_update(Model* m, AdamWOptions o);
+// after model_sums, whose norm was finite: one AdamW step. The gradients are zero afterwards, and a new step begins
+MODEL_API void model_update(Model* m, AdamWOptions o);
+
+// the same without the AdamW step
+MODEL_API void model_skip(Model* m);
+
+// what was measured because the options ask for it, on stderr
+MODEL_API void model_report(const Model* m);
 
 // ---- a text, token by token -------------------------------------------------------------------
 
@@ -70,12 +89,12 @@ MODEL_API void sequence_feed(Sequence* s, const int32_t* ids, int n, float* logi
 
 // ---- files ------------------------------------------------------------------------------------
 
-// model.safetensors and config.json in a folder
+// model.safetensors and config.json in a folder: weights of that dtype, or a narrower one that holds them as they are
 MODEL_API bool model_save(const Model* m, const char* folder, Dtype dtype, Error* err);
 
-// optimizer.safetensors: m and v, and fp32 master weights when those of the folder are rounded; and back, into a model that
-// was reserved for training. updates: the AdamW steps it has seen
-MODEL_API bool model_save_optimizer(const Model* m, const char* folder, bool master, Error* err);
+// optimizer.safetensors: m and v, and the fp32 weights where those that model_save wrote with that dtype are rounded; and back,
+// into a model that was reserved for training. updates: the AdamW steps it has seen
+MODEL_API bool model_save_optimizer(const Model* m, const char* folder, Dtype dtype, Error* err);
 MODEL_API bool model_load_optimizer(Model* m, const char* folder, int64_t updates, Error* err);
 
 // what else a resumed run needs to repeat its bits: the chosen algorithms of matrix products, as text that the caller frees;
@@ -83,8 +102,11 @@ MODEL_API bool model_load_optimizer(Model* m, const char* folder, int64_t update
 MODEL_API char* model_choices_write(void);
 MODEL_API void model_choices_read(const char* text);
 
-// bytes to train with batches (B, T) in F32, weights included, and bytes of a sequence of that capacity
-MODEL_API double model_training_bytes(const Config* c, int B, int T);
+// bytes to train with batches (B, T), weights included; false, and why, where this machine cannot tell
+MODEL_API bool model_training_bytes(const Config* c, int B, int T, double* bytes, Error* why);
+MODEL_API const char* model_storage(void); // the types of what they hold, in words
+
+// bytes of a sequence of that capacity, without the weights
 MODEL_API double model_sequence_bytes(const Config* c, int capacity);
 
 #ifdef __cplusplus

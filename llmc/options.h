@@ -50,11 +50,11 @@ typedef struct {
     const char *model, *data, *val, *tokenizer, *out, *schedule, *dtype, *prompt, *prompt_file, *ids, *hellaswag;
     int64_t batch, seq, total_batch, steps, warmup, seed, eval_every, eval_steps, sample_every, checkpoint_every, keep;
     int64_t tokens, top_k;
-    double lr, lr_final, weight_decay, beta1, beta2, clip, temperature, top_p, min_p;
+    double lr, lr_final, weight_decay, beta1, beta2, clip, skip_outliers, temperature, top_p, min_p;
     bool resume, print_ids, ignore_eos, bos, special;
 #ifdef __CUDACC__ // of train_llama3cu alone
-    const char *attention, *recompute, *moments;
-    bool fast_attention;
+    const char *attention, *recompute, *moments, *master;
+    bool fast_attention, timing;
 #endif
     bool given[MAX_OPTIONS]; // by row: set on the command line
 } Options;
@@ -69,7 +69,7 @@ static inline Options options_default(void) {
     o.lr_final = 0.1, o.weight_decay = 0.1, o.beta1 = 0.9, o.beta2 = 0.95, o.clip = 1;
     o.temperature = 0.8, o.top_p = 0.95;
 #ifdef __CUDACC__
-    o.attention = "auto", o.recompute = "none", o.moments = "fp32";
+    o.attention = "auto", o.recompute = "none", o.moments = "fp32", o.master = "fp32";
 #endif
     return o;
 }
@@ -108,6 +108,7 @@ static const Option option_table[] = {
     { "beta1",           OPTION_REAL,   FIELD(beta1),            TRAIN,                    0, 0.999999,"X",   "AdamW's first decay" },
     { "beta2",           OPTION_REAL,   FIELD(beta2),            TRAIN,                    0, 0.999999,"X",   "AdamW's second decay" },
     { "clip",            OPTION_REAL,   FIELD(clip),             TRAIN,                    0, 1e30,   "X",    "largest gradient norm (0: no clipping)" },
+    { "skip-outliers",   OPTION_REAL,   FIELD(skip_outliers),    TRAIN,                    0, 1e6,    "Z",    "no update from a step whose loss or gradient norm lies more than Z deviations above the last 128 steps' mean (0: all update)" },
     { "dtype",           OPTION_CHOICE, FIELD(dtype),            TRAIN,                    0, 0,      "F32|BF16", "type of the saved weights" },
     { "eval-every",      OPTION_WHOLE,  FIELD(eval_every),       TRAIN,                    0, 1e12,   "N",    "steps between validations (0: none)" },
     { "eval-steps",      OPTION_WHOLE,  FIELD(eval_steps),       TRAIN,                    1, 1e12,   "N",    "batches of a validation" },
@@ -132,6 +133,8 @@ static const Option option_table[] = {
     { "fast-attention",  OPTION_FLAG,   FIELD(fast_attention),   TRAIN,                    0, 0,      "",     "cudnn's faster backward pass, whose bits differ from run to run" },
     { "recompute",       OPTION_CHOICE, FIELD(recompute),        TRAIN,                    0, 0,      "none|norms|ffn|block", "what the backward pass computes again, to keep less" },
     { "moments",         OPTION_CHOICE, FIELD(moments),          TRAIN,                    0, 0,      "fp32|bf16", "type of AdamW's moments" },
+    { "master",          OPTION_CHOICE, FIELD(master),           TRAIN,                    0, 0,      "fp32|none", "what updates go to: fp32 master weights, or the bf16 weights, rounded at random" },
+    { "timing",          OPTION_FLAG,   FIELD(timing),           TRAIN,                    0, 0,      "",     "at the end, a table of where a step's time went" },
 #endif
     { "seed",            OPTION_WHOLE,  FIELD(seed),             TRAIN|GENERATE|CHAT,      0, 1e15,   "N",    "of everything random" },
 };
@@ -249,9 +252,9 @@ static inline void options_help(const char* program, const Command* command) {
 
 // ---- options of a run, kept in state.json ----------------------------------------------------
 
-// an object with every option that train takes, but where the run lies and whether it was resumed
+// an object with every option that train takes, but those of one call: where the run lies, whether it goes on, what it reports
 static inline bool option_is_kept(const Option* row) {
-    return (row->commands & TRAIN) && strcmp(row->name, "out") != 0 && strcmp(row->name, "resume") != 0;
+    return (row->commands & TRAIN) && !option_is_word(row->name, "out|resume|timing");
 }
 
 static inline cJSON* options_to_json(const Options* o) {

@@ -45,13 +45,17 @@ static inline void find_tokenizer(Run* r) {
     if (path) must(tokenizer_open(&r->t, path, &err), &err);
 }
 
+static inline void check_vocabulary(const Run* r) {
+    if (r->has_tokenizer && r->t.V > r->c.V)
+        die("the tokenizer has token %d, but the model's vocabulary ends at %d", r->t.V - 1, r->c.V - 1);
+}
+
 // takes the model that was made or read; err says why there is none
 static inline void take_model(Run* r, Model* m, const Error* err) {
     must(m != NULL, err);
     r->m = m;
     r->c = *model_config(m);
-    if (r->has_tokenizer && r->t.V > r->c.V)
-        die("the tokenizer has token %d, but the model's vocabulary ends at %d", r->t.V - 1, r->c.V - 1);
+    check_vocabulary(r);
 }
 
 // --model, to be run

@@ -7,7 +7,9 @@ Training: where a run starts, its steps, what it writes.
 
 A resumed run equals an uninterrupted one to the bit: random numbers are counted, so seed, step and place in the data are all
 there is to remember. Validation and samples have their own random numbers and change nothing.
-Proved by       dev/test/test_runs.c: resume, kills, signals, accumulation
+The next step's batch is drawn while the passes of this one may still be under way; a step is waited for once, for its loss and
+the norm of its gradients, on which hangs whether there is an update: outliers.h says how unusual they are.
+Proved by       dev/test/test_runs.c: resume, kills, signals, accumulation, skipped outliers
 */
 #pragma once
 
@@ -17,6 +19,7 @@ Proved by       dev/test/test_runs.c: resume, kills, signals, accumulation
 #include "evaluate.h"
 #include "generate.h"
 #include "json.h"
+#include "outliers.h"
 #include "params.h"
 #include "schedule.h"
 
@@ -24,13 +27,16 @@ typedef struct {
     Run* run;
     char out[PATH_SIZE];      // this run's folder
     Data train, val;
-    Batch step_batch;         // (rows, T): what a step reads, the batches of B that accumulate one after the other
+    Batch step_batch;         // (rows, T): what the next step reads, the batches of B that accumulate one after the other
+    int64_t predictions;      // of step_batch
     Batch val_batch;          // (B, T)
     int B, T;
     int64_t rows;             // sequences of a step, a multiple of B
     int64_t step, saved;      // steps done; the step of the newest checkpoint, -1: none
+    int64_t updates;          // steps that were not skipped
     int64_t tokens;           // of the training data of the run that is resumed
-    uint64_t position;        // sequences drawn from the training data so far
+    uint64_t position;        // sequences of the training data that the steps done have read
+    Outliers losses, norms;   // of the last steps
     double best;              // lowest validation loss
     cJSON* state;             // of the run that is resumed: options point into it
     double start, show;       // seconds: when the loop began; after how many of them the next step is shown
@@ -50,9 +56,12 @@ static inline void on_signal(int number) {
 static inline bool save_state(const Training* t, const char* folder, Error* err) {
     cJSON* root = cJSON_CreateObject();
     cJSON_AddNumberToObject(root, "step", (double)t->step);
+    cJSON_AddNumberToObject(root, "updates", (double)t->updates);
     cJSON_AddNumberToObject(root, "position", (double)t->position);
     cJSON_AddNumberToObject(root, "train_tokens", (double)data_tokens(&t->train));
     if (isfinite(t->best)) json_add_float(root, "best_val_loss", t->best);
+    json_add_floats(root, "last_losses", t->losses.x, t->losses.n);
+    json_add_floats(root, "last_norms", t->norms.x, t->norms.n);
     cJSON_AddItemToObject(root, "options", options_to_json(&t->run->o));
     char* choices = model_choices_write();
     if (choices) cJSON_AddStringToObject(root, "matrix_algorithms", choices);
@@ -67,7 +76,7 @@ static inline bool save_checkpoint(const Training* t, Error* err) {
     Checkpoint c;
     if (!checkpoint_begin(&c, t->out, t->step, err)) return false;
     bool ok = model_save(r->m, c.path, dtype, err) && (!r->has_tokenizer || tokenizer_write(&r->t, c.path, err)) &&
-              (r->o.steps == 0 || model_save_optimizer(r->m, c.path, dtype != DTYPE_F32, err)) &&
+              (r->o.steps == 0 || model_save_optimizer(r->m, c.path, dtype, err)) &&
               save_state(t, c.path, err) && checkpoint_commit(&c, (int)r->o.keep, err);
     if (!ok) checkpoint_abandon(&c);
     return ok;
@@ -86,6 +95,12 @@ static inline bool state_number(const cJSON* root, const char* name, const char*
            set_error(err, "%s: %s is expected to be a whole number", path, name);
 }
 
+// the numbers of a window; one that is not there stays empty
+static inline void state_outliers(Outliers* o, const cJSON* window) {
+    const cJSON* x;
+    cJSON_ArrayForEach(x, window) if (cJSON_IsNumber(x)) outliers_add(o, x->valuedouble);
+}
+
 // the newest checkpoint in --out: its options, step and place in the data. The options point into its JSON tree
 static inline void load_state(Training* t) {
     Error err;
@@ -102,6 +117,9 @@ static inline void load_state(Training* t) {
          state_number(root, "train_tokens", path, &t->tokens, &err) && options_from_json(&r->o, json_get(root, "options"), &err), &err);
     t->saved = t->step;
     t->position = (uint64_t)position;
+    if (!json_whole(json_get(root, "updates"), &t->updates)) t->updates = t->step;
+    state_outliers(&t->losses, json_get(root, "last_losses"));
+    state_outliers(&t->norms, json_get(root, "last_norms"));
     const cJSON* best = json_get(root, "best_val_loss");
     if (cJSON_IsNumber(best)) t->best = best->valuedouble;
     const cJSON* choices = json_get(root, "matrix_algorithms");
@@ -110,8 +128,8 @@ static inline void load_state(Training* t) {
 
 // ---- the start -------------------------------------------------------------------------------
 
-// weights and options: from a checkpoint, a preset or a folder
-static inline void start_model(Training* t) {
+// what is trained, and how: a checkpoint, a preset or a folder. The weights come later
+static inline void start_shape(Training* t) {
     Error err;
     Run* r = t->run;
     if (r->o.resume) {
@@ -119,13 +137,11 @@ static inline void start_model(Training* t) {
         must(model_configure(&r->o, &err), &err);
     }
     if (!r->o.model) r->o.model = "tiny";
-    if (!r->o.resume && open_preset(r)) {
-        take_model(r, model_make(&r->c, (uint64_t)r->o.seed), &err);
-        return;
-    }
+    if (!r->o.resume && open_preset(r)) return;
     if (!r->o.resume) find_folder(r);
     find_tokenizer(r);
-    take_model(r, model_load(r->folder, &err), &err);
+    must(config_read(&r->c, r->folder, &err), &err);
+    check_vocabulary(r);
 }
 
 // the sizes of a step, and the learning rate where none was given
@@ -164,11 +180,15 @@ static inline void start_data(Training* t, const Corpus* corpus) {
                 (long long)data_tokens(&t->train), (long long)t->tokens);
 }
 
-static inline void start_memory(Training* t) {
+// the weights and, where there is something to train, all that takes memory, if it fits
+static inline void start_model(Training* t) {
     Error err;
     Run* r = t->run;
-    model_reserve(r->m, t->B, t->T, true);
-    if (r->o.resume) must(model_load_optimizer(r->m, r->folder, t->step, &err), &err);
+    const bool training = r->o.steps > 0;
+    if (training) must(model_plan(&r->c, t->B, t->T, t->rows, &err), &err);
+    take_model(r, r->folder[0] ? model_load(r->folder, &err) : model_make(&r->c, (uint64_t)r->o.seed), &err);
+    if (training) model_reserve(r->m, t->B, t->T, true);
+    if (training && r->o.resume) must(model_load_optimizer(r->m, r->folder, t->updates, &err), &err);
 }
 
 static inline void start_output(Training* t) {
@@ -197,43 +217,82 @@ static inline void print_banner(const Training* t) {
 
 // ---- a step ----------------------------------------------------------------------------------
 
+enum { OUTLIER_Z = 3 }; // from here on a step's z is worth a word
+
 typedef struct {
     double loss, norm, lr, ms;
+    double loss_z, norm_z; // how unusual they are: outliers.h
+    bool skipped;
 } StepResult;
+
+// draws the batch that comes after the steps done
+static inline void draw_batch(Training* t) {
+    Batch* b = &t->step_batch;
+    data_batch(&t->train, b->ids, b->labels, b->B, b->T, (uint64_t)t->run->o.seed, t->position);
+    t->predictions = batch_predictions(b, t->rows);
+}
+
+// the passes of a step, which may still be under way on return
+static inline void start_passes(Training* t) {
+    const Batch* b = &t->step_batch;
+    const float scale = t->predictions ? 1 / (float)t->predictions : 0;
+    for (int64_t row = 0; row < t->rows; row += t->B)
+        model_backward(t->run->m, b->ids + row * t->T, b->labels + row * t->T, t->B, t->T, scale);
+    t->position += (uint64_t)t->rows;
+}
+
+// loss and norm of the passes, mean and finite, and how they compare with those before
+static inline void finish_passes(Training* t, StepResult* s, int64_t predictions) {
+    Run* r = t->run;
+    const StepSums sums = model_sums(r->m, (float)r->o.clip);
+    s->loss = predictions ? sums.loss / (double)predictions : 0;
+    s->norm = (double)sums.norm;
+    if (!isfinite(s->loss)) die_not_finite(r, "the loss is");
+    if (!isfinite(s->norm)) die_not_finite(r, "the gradient is");
+    s->loss_z = outliers_z(&t->losses, s->loss);
+    s->norm_z = outliers_z(&t->norms, s->norm);
+    outliers_add(&t->losses, s->loss);
+    outliers_add(&t->norms, s->norm);
+}
 
 static inline StepResult train_step(Training* t) {
     Run* r = t->run;
     const Options* o = &r->o;
-    Batch* b = &t->step_batch;
-    StepResult result;
-    double start = now(), loss = 0;
-    data_batch(&t->train, b->ids, b->labels, b->B, b->T, (uint64_t)o->seed, t->position);
-    int64_t count = batch_predictions(b, t->rows);
-    for (int64_t row = 0; row < t->rows; row += t->B)
-        loss += model_backward(r->m, b->ids + row * t->T, b->labels + row * t->T, t->B, t->T, count ? 1 / (float)count : 0);
-    result.lr = schedule_lr(o->schedule, t->step, o->steps, o->warmup, o->lr, o->lr_final);
-    result.loss = count ? loss / (double)count : 0;
-    AdamWOptions adamw = { (float)result.lr, (float)o->beta1, (float)o->beta2, 1e-8f, (float)o->weight_decay, (float)o->clip };
-    result.norm = isfinite(result.loss) ? (double)model_update(r->m, adamw) : NAN;
-    if (!isfinite(result.norm)) die_not_finite(r, isfinite(result.loss) ? "the gradient is" : "the loss is");
-    result.ms = (now() - start) * 1e3;
-    t->position += (uint64_t)t->rows;
+    const double start = now();
+    const int64_t predictions = t->predictions;
+    StepResult s;
+    start_passes(t);
+    if (t->step + 1 < o->steps) draw_batch(t);
+    finish_passes(t, &s, predictions);
+    s.lr = schedule_lr(o->schedule, t->step, o->steps, o->warmup, o->lr, o->lr_final);
+    s.skipped = o->skip_outliers > 0 && fmax(s.loss_z, s.norm_z) > o->skip_outliers;
+    const AdamWOptions adamw = { (float)s.lr, (float)o->beta1, (float)o->beta2, 1e-8f, (float)o->weight_decay, (uint64_t)o->seed };
+    if (s.skipped) model_skip(r->m);
+    else model_update(r->m, adamw);
+    t->updates += !s.skipped;
     t->step++;
-    return result;
+    s.ms = (now() - start) * 1e3;
+    return s;
 }
 
-// the log has every step, the terminal at most one in half a second, and fewer the longer the run
+// the log has every step, the terminal at most one in half a second, and fewer the longer the run; an outlier stands in both
 static inline void report_step(Training* t, StepResult s, bool last) {
     Error err;
-    double tokens_s = (double)(t->rows * t->T) / s.ms * 1e3;
-    must(log_line(&t->log, &err, "{\"step\":%lld,\"train_loss\":%.9g,\"grad_norm\":%.6g,\"lr\":%.6g,\"ms\":%.3f,\"tok_s\":%.0f}",
-                  (long long)t->step, s.loss, s.norm, s.lr, s.ms, tokens_s), &err);
-    double elapsed = now() - t->start;
-    if (!last && elapsed < t->show) return;
+    char z[96] = "", z_json[96] = "";
+    const double tokens_s = (double)(t->rows * t->T) / s.ms * 1e3, elapsed = now() - t->start;
+    const bool outlier = s.skipped || fmax(s.loss_z, s.norm_z) > OUTLIER_Z;
+    if (outlier) {
+        snprintf(z, sizeof z, "  outlier: loss z %.1f, norm z %.1f%s", s.loss_z, s.norm_z, s.skipped ? ", skipped" : "");
+        snprintf(z_json, sizeof z_json, ",\"loss_z\":%.3g,\"norm_z\":%.3g,\"skipped\":%s", s.loss_z, s.norm_z,
+                 s.skipped ? "true" : "false");
+    }
+    must(log_line(&t->log, &err, "{\"step\":%lld,\"train_loss\":%.9g,\"grad_norm\":%.6g,\"lr\":%.6g,\"ms\":%.3f,\"tok_s\":%.0f%s}",
+                  (long long)t->step, s.loss, s.norm, s.lr, s.ms, tokens_s, z_json), &err);
+    if (!last && !outlier && elapsed < t->show) return;
     t->show = elapsed + (elapsed < 30 ? 0.5 : elapsed < 1800 ? elapsed / 60 : 30);
-    fprintf(stderr, "step %6lld/%lld  loss %.4f  norm %.3f  lr %.2e  %.1f ms  %.0f tok/s  %s left\n", (long long)t->step,
+    fprintf(stderr, "step %6lld/%lld  loss %.4f  norm %.3f  lr %.2e  %.1f ms  %.0f tok/s  %s left%s\n", (long long)t->step,
             (long long)t->run->o.steps, s.loss, s.norm, s.lr, s.ms, tokens_s,
-            duration((double)(t->run->o.steps - t->step) * s.ms * 1e-3));
+            duration((double)(t->run->o.steps - t->step) * s.ms * 1e-3), z);
 }
 
 // the loss of the first --eval-steps batches of the validation data
@@ -266,6 +325,7 @@ static inline void sample_text(Training* t) {
 static inline void train_loop(Training* t) {
     const Options* o = &t->run->o;
     t->start = now();
+    if (t->step < o->steps) draw_batch(t);
     signal(SIGINT, on_signal);
     signal(SIGTERM, on_signal);
     while (t->step < o->steps && !interrupted) {
@@ -293,17 +353,16 @@ static inline int command_train(Run* r, const Corpus* corpus) {
     t->run = r;
     t->best = INFINITY;
     t->saved = -1;
-    start_model(t);
+    start_shape(t);
     start_step(t);
-    if (r->o.steps > 0) {
-        start_data(t, corpus);
-        start_memory(t);
-    }
+    if (r->o.steps > 0) start_data(t, corpus);
+    start_model(t);
     start_output(t);
     print_banner(t);
     if (r->o.resume && t->step >= r->o.steps)
         fprintf(stderr, "the run has done its %lld steps; with a larger --steps it goes on\n", (long long)t->step);
     train_loop(t);
+    model_report(r->m);
     print_end(t);
     log_close(&t->log);
     data_close(&t->val), data_close(&t->train);

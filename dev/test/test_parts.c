@@ -1,5 +1,5 @@
 /*
-The small things: learning rate schedules, the arena, the log that a resumed run shortens, options.
+The small things: learning rate schedules, outliers, the arena, the log that a resumed run shortens, options.
 */
 #include "test.h"
 
@@ -7,6 +7,7 @@ The small things: learning rate schedules, the arena, the log that a resumed run
 #include "llmc/check.h"
 #include "llmc/log.h"
 #include "llmc/options.h"
+#include "llmc/outliers.h"
 #include "llmc/schedule.h"
 
 static void assert_near(double got, double want) {
@@ -30,6 +31,27 @@ static void test_schedule(void** state) {
     assert_near(schedule_lr("wsd", 70, 101, 0, 2, 0), 2);
     assert_near(schedule_lr("wsd", 90, 101, 0, 2, 0), 1); // half of the last fifth
     assert_near(schedule_lr("cosine", 0, 1, 0, 2, 0.1), 0.2); // a run of one step is at its end
+}
+
+// ---- outliers --------------------------------------------------------------------------------
+
+static void test_outliers(void** state) {
+    (void)state;
+    static Outliers o; // empty
+    for (int i = 0; i < OUTLIER_STEPS; i++) {
+        assert_near(outliers_z(&o, 100), 0); // too few to tell
+        outliers_add(&o, i % 2 ? 3 : 1);     // mean 2, deviation 1
+    }
+    assert_near(outliers_z(&o, 5), 3);
+    assert_near(outliers_z(&o, 1.5), -0.5);
+    outliers_add(&o, 1), outliers_add(&o, 3); // the oldest two make room
+    assert_near(outliers_z(&o, 5), 3);
+    outliers_add(&o, 257); // mean 4
+    assert_near(o.x[OUTLIER_STEPS - 1], 257);
+    double squares = 253.0 * 253 + 64 * 1 + 63 * 9;
+    assert_near(outliers_z(&o, 4 + sqrt(squares / OUTLIER_STEPS)), 1);
+    for (int i = 0; i < OUTLIER_STEPS; i++) outliers_add(&o, 7);
+    assert_near(outliers_z(&o, 8), 0); // of what never changes, nothing is known
 }
 
 // ---- arena -----------------------------------------------------------------------------------
@@ -133,7 +155,7 @@ static void test_options_json(void** state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_schedule), cmocka_unit_test(test_arena),        cmocka_unit_test(test_log_cut),
+        cmocka_unit_test(test_schedule), cmocka_unit_test(test_outliers), cmocka_unit_test(test_arena),        cmocka_unit_test(test_log_cut),
         cmocka_unit_test(test_options),  cmocka_unit_test(test_options_json),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

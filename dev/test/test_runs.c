@@ -325,6 +325,46 @@ static void test_accumulation(void) {
     expect(strcmp(eight->loss[1], eight->loss[6]) != 0, "every step has the same loss");
 }
 
+// the steps that the log calls skipped, in order, and their number
+static int skipped_steps(const char* out, int steps[MAX_STEPS]) {
+    int n = 0;
+    char *rest = file_bytes(text("%s/log.jsonl", out), NULL), *line;
+    while ((line = strsep(&rest, "\n")) && *line)
+        if (contains(line, "\"skipped\":true") && sscanf(line, "{\"step\":%d", &steps[n]) == 1) n++;
+    return n;
+}
+
+// steps that lie far above the 128 before them change no weights; all others are as they were, also in a run that goes on
+static void test_skip_outliers(void) {
+    make_model_and_data();
+#define SKIPPING(out, z, steps)                                                                                        \
+    TRAIN(out, "--steps", steps, "--skip-outliers", z, "--schedule", "constant", "--checkpoint-every", "140", "--keep", "0",   \
+          "--eval-every", "0")
+    int skipped[MAX_STEPS];
+    Result r = RUN_WELL(SKIPPING("none", "0", "170"));
+    expect(skipped_steps("none", skipped) == 0 && !contains(r.err, "skipped"), "--skip-outliers 0 skips");
+    r = RUN_WELL(SKIPPING("some", "0.3", "170"));
+    int n = skipped_steps("some", skipped), first = skipped[0];
+    if (!expect(n > 1 && first > 128, "--skip-outliers 0.3 skips %d of 170 steps, the first is %d", n, first)) return;
+    expect(contains(r.err, "skipped"), "the terminal does not say that step %d is skipped: %s", first, r.err);
+    expect_same_losses("none", "some", first);
+    const Log *none = read_log("none"), *some = read_log("some");
+    expect(some->n == 170 && strcmp(none->loss[170], some->loss[170]) != 0, "skipped steps make no difference");
+
+    RUN_WELL(SKIPPING("before", "0.3", text("%d", first - 1)));
+    RUN_WELL(SKIPPING("after", "0.3", text("%d", first)));
+    const char* const file[] = { "model.safetensors", "optimizer.safetensors" };
+    for (int i = 0; i < 2; i++)
+        expect(same_file(text("%s/%s", step_folder("before", first - 1), file[i]), text("%s/%s", step_folder("after", first), file[i])),
+               "skipping step %d changes %s", first, file[i]);
+
+    copy_folder("part", "some");
+    remove_folder(step_folder("part", 170));
+    RUN_WELL("train", "--resume", "--out", "part");
+    expect(strcmp(read_log("part")->loss[170], some->loss[170]) == 0, "resumed within a window: another loss");
+    expect_same_checkpoint("part", "some", 170);
+}
+
 // ---- stop and go on --------------------------------------------------------------------------
 
 // a run copied as it was at an earlier step goes on to the same end
@@ -599,6 +639,7 @@ int main(void) {
         TEST(test_threads),
         TEST(test_side_shows),
         TEST(test_accumulation),
+        TEST(test_skip_outliers),
         TEST(test_resume),
         TEST(test_resume_further),
         TEST(test_resume_alone),
