@@ -273,7 +273,7 @@ static void cp_async(const Problem* p, int, cudaStream_t stream) {
 // idea     4 warps multiply 64 x 128 x 16 at once, straight from shared memory, and one thread starts the copies of whole tiles,
 //          which arrive swizzled: no fragments, no addresses, few instructions
 // limit    a stage is filled again only when all threads have come past a barrier, and each waits for its products first: the
-//          tensor cores pause in every step. Tiles of 128 x 128 take 16 KB of L2 for a 512 cycles' product
+//          tensor cores pause in every step. Tiles of 128 x 128 take 32 KB of L2 for 512 cycles of products
 
 enum {
     TMA_TILE = 128,
@@ -482,15 +482,22 @@ static __global__ void __launch_bounds__(RING_THREADS, 1)
 #endif
 }
 
-static void launch_clusters(const void* kernel, int cluster, int threads, int bytes, dim3 grid, void** arguments,
+// a launch in clusters of so many blocks; grid 0: as many blocks as fit at once, but at most `most`
+static void launch_clusters(const void* kernel, int cluster, int bytes, dim3 grid, int64_t most, void** arguments,
                             cudaStream_t stream) {
     cudaLaunchAttribute attribute = {};
     cudaLaunchConfig_t config = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = (unsigned)cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.gridDim = grid, config.blockDim = dim3((unsigned)threads), config.dynamicSmemBytes = (size_t)bytes;
+    config.gridDim = grid, config.blockDim = dim3(RING_THREADS), config.dynamicSmemBytes = (size_t)bytes;
     config.stream = stream, config.attrs = &attribute, config.numAttrs = 1;
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    if (grid.x == 0) {
+        int clusters;
+        config.gridDim = dim3((unsigned)gpu_processors() / cluster * cluster);
+        cuda_check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+        config.gridDim = dim3((unsigned)(cluster * (clusters < most ? clusters : most)));
+    }
     cuda_check(cudaLaunchKernelExC(&config, kernel, arguments));
     launch_check();
 }
@@ -501,7 +508,7 @@ static void ring_launch(const Problem* p, cudaStream_t stream) {
     CUtensorMap* b_map = CLUSTER > 1 ? &q.b_half_map : &q.b_map;
     void* arguments[] = { &q.y, &q.a_map, b_map, &q.M, &q.N, &q.K };
     dim3 grid((unsigned)(ceil_div(p->M, CLUSTER * RING_M) * CLUSTER), (unsigned)ceil_div(p->N, RING_N));
-    launch_clusters((const void*)ring_kernel<CLUSTER>, CLUSTER, RING_THREADS, RING_SHARED, grid, arguments, stream);
+    launch_clusters((const void*)ring_kernel<CLUSTER>, CLUSTER, RING_SHARED, grid, 0, arguments, stream);
 }
 
 static void warp_specialised(const Problem* p, int, cudaStream_t stream) { ring_launch<1>(p, stream); }
@@ -593,6 +600,7 @@ static __global__ void __launch_bounds__(RING_THREADS, 1)
                        (2 * m + rank) * RING_M + warp * 16, n * RING_N);
         }
         if (threadIdx.x % WARP == 0) tma_store_wait_read<0>(); // shared memory is there until it has been read
+        __syncwarp();
     }
     cluster_sync();
 #endif
@@ -602,9 +610,8 @@ template <int GROUP, int BEHIND, int LEAD>
 static void persistent_launch(const Problem* p, int, cudaStream_t stream) {
     Problem q = *p;
     void* arguments[] = { &q.y_map, &q.a_map, &q.b_half_map, &q.M, &q.N, &q.K };
-    int64_t tiles = ceil_div(p->M, 2 * RING_M) * ceil_div(p->N, RING_N), clusters = gpu_processors() / 2;
-    dim3 grid((unsigned)(2 * (tiles < clusters ? tiles : clusters)));
-    launch_clusters((const void*)persistent_kernel<GROUP, BEHIND, LEAD>, 2, RING_THREADS, PERSISTENT_SHARED, grid,
+    int64_t tiles = ceil_div(p->M, 2 * RING_M) * ceil_div(p->N, RING_N);
+    launch_clusters((const void*)persistent_kernel<GROUP, BEHIND, LEAD>, 2, PERSISTENT_SHARED, dim3(0), tiles,
                     arguments, stream);
 }
 
