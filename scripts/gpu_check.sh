@@ -394,6 +394,27 @@ stage_kernels() {
     done
 }
 
+# dev/cuda: the harness judged, each file checked, then timed beside the peers; results.jsonl comes back, from which
+# make -C dev/cuda charts makes tables and pictures anywhere. LAB_FILES="rmsnorm rope …" takes those alone, LAB_SECONDS bounds the report
+stage_lab() {
+    local lab=build/lab/cuda extra=build/cuda-extra program programs="" file
+    make_extra
+    ln -sf "$deps"/include/cudnn* "$extra/include/"
+    check lab.log 500 "build: lab" make -k -C dev/cuda -j"$jobs" CUDA_EXTRA="$root/$extra" all
+    grep -E 'error( |:)|: \*\*\*' "$out/lab.log" | sort -u | head -n 20 | cut -c1-200 | tee -a "$summary"
+    check lab.log 60 "lab: selftest" "$lab/selftest-BF16"
+    for program in "$lab"/*-BF16; do
+        file=$(basename "$program" -BF16)
+        case " ${LAB_FILES:-$file} " in *" ${file%%_*} "* | *" $file "*) ;; *) continue ;; esac
+        case $file in selftest | flags) continue ;; esac
+        programs="$programs $program"
+        [ "$file" = device_info ] || check lab.log 60 "lab: $file" "$program" --check
+        [ "$file" = device_info ] || show lab.log 'WRONG|error|fault' 8
+    done
+    check lab.log "$((${LAB_SECONDS:-300} + 60))" "lab: report" python3 scripts/report_bench.py run --out "$out/results.jsonl" \
+        --seconds "${LAB_SECONDS:-300}" ${LAB_PEERS:+--peers dev/cuda/peers.py} $programs
+}
+
 stage_profile() {
     local spec=${shapes:-1B,8,2048} shape B T
     IFS=, read -r shape B T <<<"${spec%% *}"
