@@ -22,9 +22,12 @@ typedef struct {
 
 enum { ARENA_ALIGN = 256 };
 
+// where the next thing will lie, in bytes from the block's start
+static inline size_t arena_end(const Arena* a) { return (a->used + ARENA_ALIGN - 1) & ~(size_t)(ARENA_ALIGN - 1); }
+
 // n things of size bytes
 static inline void* arena_take(Arena* a, size_t n, size_t size) {
-    a->used = (a->used + ARENA_ALIGN - 1) & ~(size_t)(ARENA_ALIGN - 1);
+    a->used = arena_end(a);
     void* p = a->block ? a->block + a->used : NULL;
     require(n <= (SIZE_MAX - a->used) / size, "arena sizes are bounded before they are asked for");
     a->used += n * size;
