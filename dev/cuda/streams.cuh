@@ -1,6 +1,6 @@
 /*
-What files whose kernels stream through memory share: loads and stores that tell the caches what to do with the lines, and 16
-bytes as floats in few instructions.
+What files whose kernels stream through memory share: loads and stores that tell the caches what to do with the lines, 16 bytes
+as floats in few instructions, how many blocks the card holds.
 
     KEEP        nothing is said: through the first level, kept in the second by age
     ONCE        .cs, evict first: these lines leave the caches before others
@@ -101,4 +101,14 @@ __device__ __forceinline__ Bits narrow(const Widened<Bits>& v) {
     Bits bits;
     memcpy(&bits, words, sizeof bits);
     return bits;
+}
+
+// ---- blocks that stay ------------------------------------------------------------------------
+
+// blocks of this kernel that the card holds at a time
+template <typename Kernel>
+static int64_t resident_blocks(Kernel kernel, int threads, int shared) {
+    int blocks;
+    cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, (size_t)shared));
+    return (int64_t)blocks * gpu_processors();
 }

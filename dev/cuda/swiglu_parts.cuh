@@ -46,11 +46,3 @@ struct Pieces {
         return dim3(count, (unsigned)ceil_div(rows, deep), deep);
     }
 };
-
-// blocks of this kernel that the card holds at a time
-template <typename Kernel>
-static int64_t resident_blocks(Kernel kernel, int threads, int shared) {
-    int blocks;
-    cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, (size_t)shared));
-    return (int64_t)blocks * gpu_processors();
-}
