@@ -22,13 +22,13 @@ __device__ __forceinline__ void rows_dot(float (&c)[N / 8][4], uint32_t a, uint3
     }
 }
 
-// c (16, HD) += p (16, N) · b (N, HD)
-template <int HD, int N>
-__device__ __forceinline__ void rows_multiply(float (&c)[HD / 8][4], const uint32_t (&p)[N / 16][4], uint32_t b) {
+// c (16, COLUMNS) += p (16, N) · b (N, HD), of whose columns as many count
+template <int HD, int N, int COLUMNS = HD>
+__device__ __forceinline__ void rows_multiply(float (&c)[COLUMNS / 8][4], const uint32_t (&p)[N / 16][4], uint32_t b) {
 #pragma unroll
     for (int k = 0; k < N; k += 16)
 #pragma unroll
-        for (int n = 0; n < HD; n += 16) {
+        for (int n = 0; n < COLUMNS; n += 16) {
             uint32_t fb[4];
             flash_ldmatrix_transposed(fb, (b ^ (uint32_t)(2 * n)) + (uint32_t)(k * flash_pitch(HD)));
             flash_mma(c[n / 8], p[k / 16], fb[0], fb[1]);

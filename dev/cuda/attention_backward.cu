@@ -1,0 +1,454 @@
+/*
+Attention backward, causal and grouped-query: who adds up dQ?
+
+    p[t, j]  = e^(scale * q[t] . k[j] - lse[t])                     dv[j] = sum over t >= j of p[t, j] * dout[t]
+    ds[t, j] = p[t, j] * (dout[t] . v[j] - dout[t] . out[t])        dk[j] = scale * sum over t >= j of ds[t, j] * q[t]
+                                                                    dq[t] = scale * sum over j <= t of ds[t, j] * k[j]
+
+    qkv dqkv (B*T, (NH + 2*NKV)*HD)      out dout (B*T, NH*HD)      lse (B, NH, T)
+    dk and dv are sums over the NH / NKV heads of a group too
+
+The question    a tile of ds is a factor of dk (a sum down its columns) and of dq (a sum along its rows). A block that walks down
+                the columns owns dk and dv, and what it has of dq belongs to all the blocks of the row. Added by atomics, dq is
+                another at each run; in a fixed order, blocks wait for each other; in a second pass, s and dp are computed
+                twice: 7 products instead of 5
+FLOPs           5 * B*NH*HD * T^2: five products of 2*HD for each of T^2/2 pairs, whatever a kernel does twice
+The floor       at some 700 TFLOP/s: HD 128, B 4, T 4096 is 1.37 TFLOP, 2.0 ms. All arrays together are 0.9 GB, 0.2 ms
+Look at         lts__t_sectors_op_red (atomics: 4 bytes of fp32 for each 10 FLOPs and key of a tile),
+                smsp__average_warps_issue_stalled_barrier (dq_in_order: the wait for a turn), sm__pipe_tensor_cycles_active
+*/
+#ifdef USE_CUDNN
+#define YARDSTICK "cudnn"
+#else
+#define YARDSTICK "production" // no library here: what the others are measured by
+#endif
+#include "bench.cuh"
+
+#include "llmc/attention.h"
+#ifndef PRECISION_FP32
+#include "attention_rows.cuh"
+#include "llmc/hopper.cuh"
+#endif
+
+// ---- the problem: what is allocated, what is right, what it takes -----------------------------
+
+static const Shape shapes[] = {
+    { .name = "1B", .B = 4, .T = 4096, .NH = 32, .NKV = 8, .HD = 64 },
+    { .name = "1B long", .B = 2, .T = 8192, .NH = 32, .NKV = 8, .HD = 64 },
+    { .name = "8B", .B = 4, .T = 4096, .NH = 32, .NKV = 8, .HD = 128 },
+    { .name = "8B long", .B = 2, .T = 8192, .NH = 32, .NKV = 8, .HD = 128 },
+    { .name = "one token", .small = true, .B = 1, .T = 1, .NH = 1, .NKV = 1, .HD = 64 },
+    { .name = "one key over a tile", .small = true, .B = 2, .T = 129, .NH = 4, .NKV = 2, .HD = 64 },
+    { .name = "one short of a tile", .small = true, .B = 3, .T = 63, .NH = 4, .NKV = 4, .HD = 128 },
+    { .name = "odd", .small = true, .B = 2, .T = 201, .NH = 6, .NKV = 2, .HD = 128 },
+    { .name = "one kv head", .small = true, .B = 3, .T = 577, .NH = 5, .NKV = 1, .HD = 64 },
+};
+
+struct Problem {
+    AttentionShape s;
+    floatX *qkv, *out, *dout, *dqkv;
+    float* lse;
+    float *dot, *dq; // (B, NH, T), (B*T, NH*HD)
+    unsigned* turns; // (B, NH, tiles of 64 queries)
+    char* scratch;
+    size_t room; // its bytes
+};
+
+static int64_t row_of(const AttentionShape* s) { return (int64_t)(s->NH + 2 * s->NKV) * s->HD; }
+static const AttentionBackend ours = sizeof(floatX) == 2 ? ATTENTION_FLASH : ATTENTION_REFERENCE;
+
+// what the forward pass left behind is an input here: production computes it
+static void make_forward(Bench* bench, Problem* p) {
+    const size_t n = (size_t)p->s.B * p->s.T, n_out = n * p->s.NH * p->s.HD, n_lse = n * p->s.NH;
+    floatX *out, *host = (floatX*)allocate(n_out, sizeof *host);
+    float *lse, *host_lse = (float*)allocate(n_lse, sizeof *host_lse);
+    cuda_check(cudaMalloc(&out, n_out * sizeof *out));
+    cuda_check(cudaMalloc(&lse, n_lse * sizeof *lse));
+    attention_forward(ours, out, lse, p->qkv, p->s, p->scratch, bench->stream);
+    cuda_check(cudaMemcpyAsync(host, out, n_out * sizeof *out, cudaMemcpyDeviceToHost, bench->stream));
+    cuda_check(cudaMemcpyAsync(host_lse, lse, n_lse * sizeof *lse, cudaMemcpyDeviceToHost, bench->stream));
+    cuda_check(cudaStreamSynchronize(bench->stream));
+    p->out = bench->input_from<floatX>("out", host, n_out);
+    p->lse = bench->input_from<float>("lse", host_lse, n_lse);
+    cuda_check(cudaFree(out));
+    cuda_check(cudaFree(lse));
+    free(host), free(host_lse);
+}
+
+static Problem setup(Bench* bench, const Shape* s) {
+    Problem p;
+    p.s = AttentionShape{ s->B, s->T, s->NH, s->NKV, s->HD };
+    const size_t n = (size_t)s->B * s->T, n_out = n * s->NH * s->HD;
+    // of deviation 2, so that scores deviate by 4 and each query looks at a few keys, wherever they are
+    p.qkv = bench->input<floatX>("qkv", n * (size_t)row_of(&p.s), 2);
+    p.dout = bench->input<floatX>("dout", n_out);
+    p.dqkv = bench->output<floatX>("dqkv", n * (size_t)row_of(&p.s), (double)s->T * s->NH / s->NKV,
+                                   2); // p and ds, as factors
+    p.dot = bench->scratch<float>(n * s->NH);
+    p.dq = bench->scratch<float>(n_out);
+    p.turns = (unsigned*)bench->scratch<float>((size_t)s->B * s->NH * (size_t)ceil_div(s->T, 64));
+    p.room = attention_scratch(ATTENTION_REFERENCE, p.s, true);
+#ifdef USE_CUDNN
+    p.room = std::max(p.room, attention_scratch(ATTENTION_CUDNN, p.s, true));
+#endif
+    p.scratch = bench->scratch<char>(p.room);
+    make_forward(bench, &p);
+    return p;
+}
+
+// a row of dqkv: the gradients of one token's queries, keys and values
+static int64_t rows(const Problem* p) { return (int64_t)p->s.B * p->s.T; }
+
+// one row, straight from the formulas above: attention_backward_cpu computes a sequence or nothing
+static void reference_row(Bench* bench, const Problem* p, int64_t row) {
+    const int T = p->s.T, NH = p->s.NH, NKV = p->s.NKV, HD = p->s.HD, G = NH / NKV;
+    const int64_t ld = row_of(&p->s), ldo = (int64_t)NH * HD, b = row / T, i = row % T;
+    const float *x = bench->host(p->qkv, (size_t)(b * T * ld), (size_t)(T * ld)),
+                *out = bench->host(p->out, (size_t)(b * T * ldo), (size_t)(T * ldo)),
+                *dout = bench->host(p->dout, (size_t)(b * T * ldo), (size_t)(T * ldo)),
+                *lse = bench->host(p->lse, (size_t)(b * NH * T), (size_t)NH * T);
+    std::vector<double> dx((size_t)ld, 0.0);
+    const double scale = 1 / sqrt((double)HD);
+    auto dots = [&](const float* a, const float* c) {
+        double sum = 0;
+        for (int e = 0; e < HD; e++) sum += (double)a[e] * c[e];
+        return sum;
+    };
+#pragma omp parallel for
+    for (int g = 0; g < NKV; g++)
+        for (int h = g * G; h < (g + 1) * G; h++) {
+            double *dq = &dx[(size_t)h * HD], *dk = &dx[(size_t)(NH + g) * HD], *dv = dk + (size_t)NKV * HD;
+            auto pair = [&](int64_t t, int64_t j, double* power, double* ds) {
+                const float *q = x + t * ld + h * HD, *k = x + j * ld + (NH + g) * HD, *v = k + NKV * HD;
+                const float* d = dout + t * ldo + h * HD;
+                *power = exp(scale * dots(q, k) - lse[(int64_t)h * T + t]);
+                *ds = *power * (dots(d, v) - dots(d, out + t * ldo + h * HD));
+            };
+            double power, ds;
+            for (int64_t j = 0; j <= i; j++) { // this token's query, the keys that it sees
+                pair(i, j, &power, &ds);
+                for (int e = 0; e < HD; e++) dq[e] += scale * ds * x[j * ld + (NH + g) * HD + e];
+            }
+            for (int64_t t = i; t < T; t++) { // this token's key, the queries that see it
+                pair(t, i, &power, &ds);
+                for (int e = 0; e < HD; e++) {
+                    dk[e] += scale * ds * x[t * ld + h * HD + e];
+                    dv[e] += power * dout[t * ldo + h * HD + e];
+                }
+            }
+        }
+    bench->expect(p->dqkv, (size_t)(row * ld), dx.data(), (size_t)ld);
+}
+
+static void reference(Bench* bench, const Problem* p, int64_t first, int64_t count) {
+    const AttentionShape s = p->s;
+    if (count < rows(p)) {
+        for (int64_t row = first; row < first + count; row++) reference_row(bench, p, row);
+        return;
+    }
+    const int ld = (int)row_of(&s);
+    const size_t k = (size_t)s.NH * s.HD, v = k + (size_t)s.NKV * s.HD, n = (size_t)count * (size_t)ld;
+    const float* x = bench->host(p->qkv);
+    float* dx = (float*)allocate(n, sizeof *dx);
+    attention_backward_cpu(dx, dx + k, dx + v, bench->host(p->dout), x, x + k, x + v, bench->host(p->out),
+                           bench->host(p->lse), s.B, s.T, s.NH, s.NKV, s.HD, ld);
+    bench->expect(p->dqkv, 0, dx, n);
+    free(dx);
+}
+
+static double traffic(const Problem* p) {
+    return (double)rows(p) * (2.0 * (double)(row_of(&p->s) + p->s.NH * p->s.HD) * sizeof(floatX) + 4.0 * p->s.NH);
+}
+static double flops(const Problem* p) { return 5.0 * p->s.B * p->s.NH * p->s.HD * p->s.T * p->s.T; }
+
+// ---- unfused ----------------------------------------------------------------------------------
+// idea    the formulas as they stand: matrix products of the library, and a kernel for p and ds between them
+// limit   four squares of T x T in memory, 12 bytes for each pair, written once and read up to three times
+
+static void unfused(const Problem* p, int, cudaStream_t stream) {
+    reference_attention_backward(p->dqkv, p->dout, p->qkv, p->out, p->lse, p->s, p->scratch, stream);
+}
+
+#ifndef PRECISION_FP32
+// ---- columns: three variants of one kernel ----------------------------------------------------
+// 64 keys of one kv head to a block, 16 to each of 4 warps; it walks the queries of each head of the group from the diagonal
+// down, 64 at a time, the next tile under way (cp.async):
+//
+//     S^T = K · Q^T       P^T = e^(S^T - lse)         dP^T = V · dO^T      dS^T = P^T * (dP^T - dot)
+//     dV += P^T · dO      dK += dS^T · Q              and, but for DQ_LATER, dQ = dS · K: a product over all keys of the block,
+//                                                     so that dS^T passes through shared memory, to be read transposed
+
+enum { COLUMNS_TILE = 64, COLUMNS_THREADS = 128 };
+enum { DQ_LATER, DQ_ATOMIC, DQ_IN_ORDER };
+
+// K and V; two buffers of Q and of dO; dS^T; two buffers of lse and of dot
+template <int HD>
+constexpr size_t columns_shared = (size_t)6 * COLUMNS_TILE* flash_pitch(HD) + COLUMNS_TILE * 128 +
+                                  4 * COLUMNS_TILE * sizeof(float);
+
+struct Columns {
+    floatX* dqkv;
+    float* dq; // fp32: sums of dQ, not scaled
+    unsigned* turns;
+    const floatX *dout, *qkv;
+    const float *lse, *dot;
+    int T, NH, NKV;
+    float scale;
+};
+
+// two neighbours of dQ, added up by whoever comes
+__device__ __forceinline__ void add_atomic(float* to, float x, float y) {
+#if __CUDA_ARCH__ >= 900
+    atomicAdd((float2*)to, make_float2(x, y));
+#else
+    atomicAdd(to, x), atomicAdd(to + 1, y);
+#endif
+}
+
+// until blocks before this one have had their turn; all threads call it
+__device__ __forceinline__ void turn_wait(const unsigned* turns, unsigned turn) {
+    if (threadIdx.x == 0) {
+        unsigned now, polls = 0;
+        do {
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(turns) : "memory");
+            if (++polls == 1u << 25) __trap(); // some 10 s: a mistake is no reason to hang
+        } while (now != turn);
+    }
+    __syncthreads();
+}
+
+__device__ __forceinline__ void turn_pass(unsigned* turns, unsigned turn) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(turns), "r"(turn + 1) : "memory");
+    }
+}
+
+template <int HD, int DQ>
+static __global__ void __launch_bounds__(COLUMNS_THREADS, HD <= 64 ? 3 : 2) columns_kernel(Columns c) {
+    constexpr int N = COLUMNS_TILE;
+    constexpr uint32_t TILE = N * flash_pitch(HD);
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = c.T, G = c.NH / c.NKV;
+    const int g = blockIdx.x % c.NKV, b = blockIdx.x / c.NKV, j0 = (int)blockIdx.y * N;
+    const size_t ld = (size_t)(c.NH + 2 * c.NKV) * HD, ldo = (size_t)c.NH * HD, row = (size_t)b * T;
+    const floatX *k = c.qkv + (row + j0) * ld + (size_t)(c.NH + g) * HD, *v = k + (size_t)c.NKV * HD;
+    const uint32_t k_tile = flash_shared(), v_tile = k_tile + TILE, q_tile = v_tile + TILE, do_tile = q_tile + 2 * TILE,
+                   ds_tile = do_tile + 2 * TILE, lse_tile = ds_tile + N * 128, dot_tile = lse_tile + 2 * N * 4;
+    const uint32_t own = (uint32_t)(warp * 16 * flash_pitch(HD)), by_rows = flash_by_rows<HD>(lane),
+                   by_columns = flash_by_columns<HD>(lane);
+    auto load = [&](int h, int t0, uint32_t buffer) {
+        const size_t at = ((size_t)b * c.NH + h) * T + t0;
+        const int i = threadIdx.x % N, rows = T - t0;
+        flash_tile_load<HD, N>(q_tile + buffer * TILE, c.qkv + (row + t0) * ld + (size_t)h * HD, ld, rows);
+        flash_tile_load<HD, N>(do_tile + buffer * TILE, c.dout + (row + t0) * ldo + (size_t)h * HD, ldo, rows);
+        flash_copy((threadIdx.x < N ? lse_tile : dot_tile) + (buffer * N + i) * 4,
+                   (threadIdx.x < N ? c.lse : c.dot) + at + (i < rows ? i : 0), i < rows);
+    };
+
+    float dk[HD / 8][4] = {}, dv[HD / 8][4] = {};
+    const float powers = c.scale * 1.4426950408889634f;
+    flash_tile_load<HD, N>(k_tile, k, ld, T - j0);
+    flash_tile_load<HD, N>(v_tile, v, ld, T - j0);
+    load(g * G, j0, 0);
+    uint32_t buffer = 0;
+    for (int h = g * G; h < (g + 1) * G; h++)
+        for (int t0 = j0; t0 < T; t0 += N, buffer ^= 1) {
+            flash_copies_wait();
+            __syncthreads();
+            if (t0 + N < T)
+                load(h, t0 + N, buffer ^ 1);
+            else if (h + 1 < (g + 1) * G)
+                load(h + 1, j0, buffer ^ 1);
+            const uint32_t q = q_tile + buffer * TILE, dout = do_tile + buffer * TILE;
+            const uint32_t numbers = (uint32_t)(buffer * N + lane % 4 * 2) * 4;
+            float s[N / 8][4] = {}, dp[N / 8][4] = {};
+            uint32_t p[N / 16][4];
+            rows_dot<HD, N>(s, k_tile + own + by_rows, q + by_columns);
+#pragma unroll
+            for (int n = 0; n < N / 8; n++) {
+                float l[2];
+                flash_load(l, lse_tile + numbers + n * 32);
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[n][e] = flash_exp2(s[n][e] * powers - l[e % 2] * 1.4426950408889634f);
+            }
+            if (t0 == j0) { // the diagonal: queries that do not see the key
+                const int key = warp * 16;
+#pragma unroll
+                for (int n = 0; n < N / 8; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (flash_column(n, e, lane) < key + flash_row(0, e, lane)) s[n][e] = 0;
+            }
+            flash_round<N>(p, s);
+            rows_multiply<HD, N>(dv, p, dout + by_rows);
+            rows_dot<HD, N>(dp, v_tile + own + by_rows, dout + by_columns);
+#pragma unroll
+            for (int n = 0; n < N / 8; n++) {
+                float d[2];
+                flash_load(d, dot_tile + numbers + n * 32);
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[n][e] *= dp[n][e] - d[e % 2];
+            }
+            flash_round<N>(p, s);
+            rows_multiply<HD, N>(dk, p, q + by_rows);
+            if (DQ == DQ_LATER) continue;
+
+            // this warp's 16 queries of dQ
+            rows_store<N>(ds_tile + warp * 16 * 128, s, lane);
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < N; i += 16)
+                flash_ldmatrix_transposed(p[i / 16],
+                                          ds_tile + i * 128 + (flash_by_columns<64>(lane) ^ (uint32_t)(warp * 32)));
+            const unsigned turn = blockIdx.y;
+            unsigned* turns = c.turns + ((size_t)b * c.NH + h) * gridDim.y + t0 / N;
+            if (DQ == DQ_IN_ORDER && turn) turn_wait(turns, turn);
+#pragma unroll
+            for (int half = 0; half < HD; half += 64) { // 64 columns at a time: registers
+                float dq[8][4] = {};
+                rows_multiply<HD, N, 64>(dq, p, k_tile + (by_rows ^ (uint32_t)(2 * half)));
+#pragma unroll
+                for (int e = 0; e < 4; e += 2) {
+                    const int t = t0 + warp * 16 + flash_row(0, e, lane);
+                    if (t >= T) continue;
+                    float* to = c.dq + (row + t) * ldo + (size_t)h * HD + half + lane % 4 * 2;
+                    floatX* rounded = c.dqkv + (row + t) * ld + (size_t)h * HD + half + lane % 4 * 2;
+#pragma unroll
+                    for (int n = 0; n < 8; n++) {
+                        float2 x = make_float2(dq[n][e], dq[n][e + 1]);
+                        if (DQ == DQ_ATOMIC) {
+                            add_atomic(to + n * 8, x.x, x.y);
+                            continue;
+                        }
+                        if (turn) { // what the blocks before have added up, past this multiprocessor's cache
+                            const float2 before = __ldcg((const float2*)(to + n * 8));
+                            x.x += before.x, x.y += before.y;
+                        }
+                        if (t0 == j0) // the diagonal: the last turn
+                            *(uint32_t*)(rounded + n * 8) = flash_pack(x.x * c.scale, x.y * c.scale);
+                        else
+                            __stcg((float2*)(to + n * 8), x);
+                    }
+                }
+            }
+            if (DQ == DQ_IN_ORDER && t0 > j0) turn_pass(turns, turn);
+        }
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+        const int j = warp * 16 + flash_row(0, e, lane);
+        if (j0 + j >= T) continue;
+        floatX *to_k = c.dqkv + (row + j0 + j) * ld + (size_t)(c.NH + g) * HD + lane % 4 * 2,
+               *to_v = to_k + (size_t)c.NKV * HD;
+#pragma unroll
+        for (int n = 0; n < HD / 8; n++) {
+            *(uint32_t*)(to_k + n * 8) = flash_pack(dk[n][e] * c.scale, dk[n][e + 1] * c.scale);
+            *(uint32_t*)(to_v + n * 8) = flash_pack(dv[n][e], dv[n][e + 1]);
+        }
+    }
+}
+
+// the queries' part of dqkv is what atomics added up, scaled and rounded: a thread two numbers
+static __global__ void __launch_bounds__(256)
+    round_dq_kernel(floatX* dqkv, const float* dq, int64_t pairs, int row_pairs, int64_t ld, float scale) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= pairs) return;
+    const float2 x = ((const float2*)dq)[i];
+    *(uint32_t*)(dqkv + i / row_pairs * ld + i % row_pairs * 2) = flash_pack(x.x * scale, x.y * scale);
+}
+
+template <int HD, int DQ>
+static void columns_launch(const Problem* p, cudaStream_t stream) {
+    const AttentionShape s = p->s;
+    const int tiles = (int)ceil_div(s.T, COLUMNS_TILE);
+    const size_t n_dq = (size_t)s.B * s.T * s.NH * HD;
+    const Columns c = {
+        p->dqkv, p->dq, p->turns, p->dout, p->qkv, p->lse, p->dot, s.T, s.NH, s.NKV, 1 / sqrtf((float)HD)
+    };
+    flash_backward_dot<HD>(p->dot, p->dout, p->out, s, stream);
+    if (DQ == DQ_ATOMIC) cuda_check(cudaMemsetAsync(p->dq, 0, n_dq * sizeof(float), stream));
+    if (DQ == DQ_IN_ORDER)
+        cuda_check(cudaMemsetAsync(p->turns, 0, (size_t)s.B * s.NH * tiles * sizeof(unsigned), stream));
+    flash_allow(columns_kernel<HD, DQ>, columns_shared<HD>);
+    columns_kernel<HD, DQ>
+        <<<dim3((unsigned)(s.B * s.NKV), (unsigned)tiles), COLUMNS_THREADS, columns_shared<HD>, stream>>>(c);
+    launch_check();
+    if (DQ == DQ_LATER) flash_backward_q<HD>(p->dqkv, p->dout, p->qkv, p->lse, p->dot, s, stream);
+    if (DQ != DQ_ATOMIC) return;
+    round_dq_kernel<<<(unsigned)ceil_div((int64_t)n_dq / 2, 256), 256, 0, stream>>>(
+        p->dqkv, p->dq, (int64_t)n_dq / 2, s.NH * HD / 2, row_of(&p->s), c.scale);
+    launch_check();
+}
+
+template <int DQ>
+static void columns(const Problem* p, cudaStream_t stream) {
+    if (p->s.HD == 64)
+        columns_launch<64, DQ>(p, stream);
+    else
+        columns_launch<128, DQ>(p, stream);
+}
+
+// ---- dq_atomics -------------------------------------------------------------------------------
+// idea    p is computed again from lse, tile by tile; each block owns the dk and dv of 64 keys and adds what it has of dq to an
+//         array of fp32 by atomics: five products, nothing of the square in memory
+// limit   the sums come in another order at each run, and so do their last bits; and 32 KB of atomics (HD 128) for each tile
+//         meet in the L2 cache, beside an array to be zeroed before and rounded after
+
+static void dq_atomics(const Problem* p, int, cudaStream_t stream) { columns<DQ_ATOMIC>(p, stream); }
+
+// ---- dq_in_order ------------------------------------------------------------------------------
+// idea    a counter for each tile of queries says whose turn it is: blocks add in the order of their keys, the same at each run;
+//         the first writes, the last (on the diagonal) rounds. A block waits only for blocks that were started before it
+// limit   the chain: a tile of dq passes through all the blocks above it one by one, and each turn is a way to the L2 cache and
+//         back, with the four warps at a barrier
+
+static void dq_in_order(const Problem* p, int, cudaStream_t stream) { columns<DQ_IN_ORDER>(p, stream); }
+
+// ---- dq_second_pass ---------------------------------------------------------------------------
+// idea    dq by blocks that walk along the rows (the step of production): they compute S and dP again, and no block needs another
+// limit   registers: dk and dv of 16 keys, s and dp take most of 255 at HD 128, and each fragment of Q and dO that a warp
+//         fetches from shared memory serves only 16 keys
+
+static void dq_second_pass(const Problem* p, int, cudaStream_t stream) { columns<DQ_LATER>(p, stream); }
+#endif
+
+// ---- production -------------------------------------------------------------------------------
+// idea    (bf16) two warps share 32 keys, one computes P^T and dV, the other dP^T and dK: a fragment serves 32 keys, and the sums
+//         of a warp are half as many. dQ in a second pass
+// limit   the instruction: mma.sync reaches half of the tensor cores' rate on Hopper
+
+static void production(const Problem* p, int, cudaStream_t stream) {
+    attention_backward(ours, p->dqkv, p->dout, p->qkv, p->out, p->lse, p->s, p->scratch, p->room, stream);
+}
+
+#ifdef USE_CUDNN
+static void cudnn(const Problem* p, int, cudaStream_t stream) {
+    attention_backward(ATTENTION_CUDNN, p->dqkv, p->dout, p->qkv, p->out, p->lse, p->s, p->scratch, p->room, stream);
+}
+
+static const char* cudnn_takes(const Problem* p) {
+    static Error why;
+    return attention_supports(ATTENTION_CUDNN, p->s, true, &why) ? NULL : why.text;
+}
+#endif
+
+// ---- the table: to add a variant, write it above and add one row ------------------------------
+
+// clang-format off
+static const Variant<Problem> variants[] = {
+//    name              launch           block sizes    what changed
+    { "unfused",        unfused,         { 0 },         "baseline: cuBLAS and kernels between (llmc/attention_reference.cuh)" },
+#ifndef PRECISION_FP32
+    { "dq_atomics",     dq_atomics,      { 0 },         "tiles, tensor cores; dq added up by atomics" },
+    { "dq_in_order",    dq_in_order,     { 0 },         "dq added up block by block: the same bits at each run" },
+    { "dq_second_pass", dq_second_pass,  { 0 },         "dq by blocks of its own, 7 products instead of 5" },
+    { "production",     production,      { 0 },         "llmc/attention_flash.cuh: pairs of warps, 32 rows" },
+#else
+    { "production",     production,      { 0 },         "llmc/attention_reference.cuh" },
+#endif
+#ifdef USE_CUDNN
+    { "cudnn",          cudnn,           { 0 },         "the library; reproducible", cudnn_takes },
+#endif
+};
+// clang-format on
+BENCH_MAIN("attention_backward", shapes, setup, reference, rows, traffic, flops, variants)
