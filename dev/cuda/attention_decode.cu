@@ -171,20 +171,38 @@ __device__ __forceinline__ void split_range(int length, int splits, int split, i
     *first = min(length, split * share), *last = min(length, *first + share);
 }
 
-// a block a head, a thread a column: the splits are added up
+// a block a head: the splits are added up, HD threads for every so many of them, so that many loads are under way
+enum { ADD_THREADS = 512 };
+
 template <int HD>
-static __global__ void __launch_bounds__(HD) add_splits_kernel(floatX* out, const float* part, int splits) {
+static __global__ void __launch_bounds__(ADD_THREADS) add_splits_kernel(floatX* out, const float* part, int splits) {
+    constexpr int SHARES = ADD_THREADS / HD;
+    __shared__ float w[SPLITS], sums[SHARES][HD];
+    const int column = threadIdx.x % HD, share = threadIdx.x / HD, lane = threadIdx.x % WARP;
+    const float* from = part + (size_t)blockIdx.x * splits * (HD + 2);
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize(); // when started early: the splits are written
 #endif
-    const float* from = part + (size_t)blockIdx.x * splits * (HD + 2);
-    float largest = -INFINITY, sum = 0, total = 0;
-    for (int i = 0; i < splits; i++) largest = fmaxf(largest, from[(size_t)i * (HD + 2) + HD]);
-    for (int i = 0; i < splits; i++, from += HD + 2) {
-        const float w = weight(from[HD], largest);
-        total += w * from[HD + 1], sum += w * from[threadIdx.x];
+    if (threadIdx.x < WARP) { // the weights, divided by the sum of all
+        float largest = -INFINITY, total = 0;
+        for (int i = lane; i < splits; i += WARP) largest = fmaxf(largest, from[(size_t)i * (HD + 2) + HD]);
+        largest = warp_max(largest);
+        for (int i = lane; i < splits; i += WARP) {
+            w[i] = weight(from[(size_t)i * (HD + 2) + HD], largest);
+            total += w[i] * from[(size_t)i * (HD + 2) + HD + 1];
+        }
+        total = warp_sum(total);
+        for (int i = lane; i < splits; i += WARP) w[i] /= total;
     }
-    out[(size_t)blockIdx.x * HD + threadIdx.x] = from_float<floatX>(sum / total);
+    __syncthreads();
+    float sum = 0;
+#pragma unroll 8
+    for (int i = share; i < splits; i += SHARES) sum += w[i] * from[(size_t)i * (HD + 2) + column];
+    sums[share][column] = sum;
+    __syncthreads();
+    if (share) return;
+    for (int i = 1; i < SHARES; i++) sum += sums[i][column];
+    out[(size_t)blockIdx.x * HD + column] = from_float<floatX>(sum);
 }
 
 // early: its blocks may start while the last of the kernel before still run (on Hopper; a launch costs nothing then)
@@ -197,15 +215,15 @@ static void add_splits(const Problem* p, int splits, bool early, cudaStream_t st
     int device, major;
     cuda_check(cudaGetDevice(&device));
     cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    config.gridDim = dim3((unsigned)(p->B * p->NH)), config.blockDim = dim3(HD), config.stream = stream;
+    config.gridDim = dim3((unsigned)(p->B * p->NH)), config.blockDim = dim3(ADD_THREADS), config.stream = stream;
     config.attrs = &attribute, config.numAttrs = early && major >= 9;
     cuda_check(cudaLaunchKernelEx(&config, add_splits_kernel<HD>, p->out, (const float*)p->scratch, splits));
     launch_check();
 }
 
-// so many splits that there are `blocks` in all, of 256 keys at least
+// so many splits that there are `blocks` in all, of 128 keys at least
 static int splits_for(const Problem* p, int64_t blocks, int64_t others) {
-    const int64_t most = std::min<int64_t>(SPLITS, ceil_div(p->T, 256));
+    const int64_t most = std::min<int64_t>(SPLITS, ceil_div(p->T, 128));
     return (int)std::max<int64_t>(1, std::min(blocks / others, most));
 }
 
