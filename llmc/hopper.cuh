@@ -184,6 +184,15 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint32_t bar, uint32_t rank) 
                  : "memory");
 }
 
+// the same by readers: they are done with the place, but what they stored is not yet seen by those who wait. A release to
+// another block is MEMBAR.ALL.GPU in SASS: hundreds of cycles, in which a warp starts no product
+__device__ __forceinline__ void mbarrier_used_at(uint32_t bar, uint32_t rank) {
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+                 "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [there]; }" ::"r"(bar),
+                 "r"(rank)
+                 : "memory");
+}
+
 // one arrival, and so many more bytes to come in this phase
 __device__ __forceinline__ void mbarrier_expect(uint32_t bar, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");

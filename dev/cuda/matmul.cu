@@ -15,8 +15,8 @@ The ladder      in three parts. What a multiprocessor can do in a cycle, and wha
 Shapes          M any, N and K multiples of 8 (16 bytes, as copies and tensor maps want them). Beyond the edges factors read as
                 zero and nothing is written
 Look at         sm__inst_executed_pipe_tensor (is the tensor core what runs), l1tex__data_bank_conflicts_pipe_lsu (plain
-                fragments), smsp__average_warps_issue_stalled_barrier (wgmma_tma), lts__t_sectors (what multicast saves),
-                dram__bytes_read (what the order of tiles saves)
+                fragments), smsp__average_warps_issue_stalled_barrier (wgmma_tma), dram__bytes_read (what grouped saves),
+                lts__t_sectors (what multicast saves)
 */
 #undef PRECISION_FP32 // this file is about bf16 in every build; matmul_fp32.cu is about fp32
 
@@ -368,11 +368,12 @@ enum {
     RING_A = RING_M * 2 * RING_K,
     RING_B = RING_N * 2 * RING_K,
     RING_STAGE = RING_A + RING_B,
-    RING_STAGES = 4,
-    RING_BARS = 2 * RING_STAGES * 8,
-    RING_SHARED = RING_STAGES * RING_STAGE + RING_BARS,
 };
 
+// bytes of shared memory: stages, then room for outputs on their way out, then barriers
+constexpr int ring_shared(int stages, int outputs) { return stages * RING_STAGE + outputs + 2 * stages * 8; }
+
+template <int STAGES>
 struct Ring {
     uint32_t tiles, bars; // addresses
     int index;            // of the stage at hand
@@ -380,18 +381,19 @@ struct Ring {
     __device__ __forceinline__ uint32_t a(void) const { return tiles + index * RING_STAGE; }
     __device__ __forceinline__ uint32_t b(void) const { return a() + RING_A; }
     __device__ __forceinline__ uint32_t full(void) const { return bars + index * 8; }
-    __device__ __forceinline__ uint32_t empty_of(int i) const { return bars + (RING_STAGES + i) * 8; }
+    __device__ __forceinline__ int before(void) const { return index > 0 ? index - 1 : STAGES - 1; }
+    __device__ __forceinline__ uint32_t empty_of(int i) const { return bars + (STAGES + i) * 8; }
     __device__ __forceinline__ void next(void) {
-        if (++index == RING_STAGES) index = 0, parity ^= 1;
+        if (++index == STAGES) index = 0, parity ^= 1;
     }
 };
 
 // by all threads, at the start: blocks of a cluster (1: none) see each other's barriers afterwards
-template <int CLUSTER>
-__device__ __forceinline__ Ring ring_begin(uint32_t tiles, uint32_t bars) {
-    Ring r = { tiles, bars, 0, 0 };
+template <int CLUSTER, int STAGES>
+__device__ __forceinline__ Ring<STAGES> ring_begin(uint32_t tiles, uint32_t bars) {
+    Ring<STAGES> r = { tiles, bars, 0, 0 };
     if (threadIdx.x == 0) {
-        for (int i = 0; i < RING_STAGES; i++) {
+        for (int i = 0; i < STAGES; i++) {
             mbarrier_init(bars + i * 8, 1);
             mbarrier_init(r.empty_of(i), CLUSTER * RING_CONSUMERS);
         }
@@ -406,77 +408,98 @@ __device__ __forceinline__ Ring ring_begin(uint32_t tiles, uint32_t bars) {
 
 // one thread: brings rows m0 … of a and n0 … of b, all of K, stage by stage. In a cluster of two, which share the rows of b, each
 // block brings half of them to both
-template <int CLUSTER>
-__device__ __forceinline__ void ring_produce(Ring* r, const CUtensorMap* a_map, const CUtensorMap* b_map, int steps,
-                                             int m0, int n0) {
+template <int CLUSTER, int STAGES>
+__device__ __forceinline__ void ring_produce(Ring<STAGES>* r, const CUtensorMap* a_map, const CUtensorMap* b_map,
+                                             int steps, int m0, int n0) {
+    int rank = CLUSTER > 1 ? (int)cluster_rank() : 0;
     for (int step = 0; step < steps; step++, r->next()) {
         mbarrier_wait(r->empty_of(r->index), r->parity ^ 1);
         mbarrier_expect(r->full(), RING_STAGE);
         tma_load(r->a(), a_map, r->full(), step * RING_K, m0);
-        if (CLUSTER > 1) {
-            int rank = (int)cluster_rank();
+        if (CLUSTER > 1)
             tma_load_multicast(r->b() + rank * (RING_B / 2), b_map, r->full(), step * RING_K, n0 + rank * (RING_N / 2),
                                3);
-        } else
+        else
             tma_load(r->b(), b_map, r->full(), step * RING_K, n0);
     }
 }
 
 // the consumers' word that stage i may be filled again, to the producers of all blocks that fill it
-template <int CLUSTER>
-__device__ __forceinline__ void ring_release(const Ring* r, int i) {
+template <int CLUSTER, int STAGES>
+__device__ __forceinline__ void ring_release(const Ring<STAGES>* r, int i) {
     int lane = threadIdx.x % WARP;
     if (CLUSTER > 1) {
-        if (lane < CLUSTER) mbarrier_arrive_at(r->empty_of(i), lane);
+        if (lane < CLUSTER) mbarrier_used_at(r->empty_of(i), lane);
     } else if (lane == 0)
         mbarrier_arrive(r->empty_of(i));
 }
 
-// a warpgroup (group 0 or 1): d = its 64 rows of a · b^T. BEHIND 1: the products of a step run while the next one is waited for,
-// and its stage is given back when they are done; 0: they are waited for at once
-template <int CLUSTER, int BEHIND = 1>
-__device__ __forceinline__ void ring_consume(Ring* r, float (&d)[RING_N / 2], int group, int steps) {
-    int used = 0;
+// the descriptor of what lies `bytes` further; of its two words only the lower changes
+__device__ __forceinline__ uint64_t further(uint64_t descriptor, int bytes) {
+    return descriptor >> 32 << 32 | ((uint32_t)descriptor + (uint32_t)(bytes / 16));
+}
+
+// a warpgroup (group 0 or 1): starts d = its 64 rows of a · b^T. The products of a step run while those of the step before are
+// waited for; when these are done, their stage is given back. Those of the last step still run at the end: ring_finish
+template <int CLUSTER, int STAGES>
+__device__ __forceinline__ void ring_consume(Ring<STAGES>* r, float (&d)[RING_N / 2], int group, int steps) {
+    uint64_t a0 = wgmma_rows(r->tiles + group * (RING_A / 2)), b0 = wgmma_rows(r->tiles + RING_A);
     for (int step = 0; step < steps; step++, r->next()) {
-        uint32_t a = r->a() + group * (RING_A / 2), b = r->b();
+        uint64_t a = further(a0, r->index * RING_STAGE), b = further(b0, r->index * RING_STAGE);
         mbarrier_wait(r->full(), r->parity);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < RING_K; k += 16) wgmma(d, wgmma_rows(a + 2 * k), wgmma_rows(b + 2 * k), step > 0 || k > 0);
+        for (int k = 0; k < RING_K; k += 16) wgmma(d, further(a, 2 * k), further(b, 2 * k), step > 0 || k > 0);
         wgmma_commit();
-        wgmma_wait<BEHIND>();
-        if (BEHIND == 0) ring_release<CLUSTER>(r, r->index);
-        if (BEHIND > 0 && step > 0) ring_release<CLUSTER>(r, used);
-        used = r->index;
+        wgmma_wait<1>();
+        if (step > 0) ring_release<CLUSTER>(r, r->before());
     }
-    wgmma_wait<0>(d);
-    if (BEHIND > 0) ring_release<CLUSTER>(r, used);
 }
+
+// now d may be read
+template <int CLUSTER, int STAGES>
+__device__ __forceinline__ void ring_finish(const Ring<STAGES>* r, float (&d)[RING_N / 2]) {
+    wgmma_wait<0>(d);
+    ring_release<CLUSTER>(r, r->before());
+}
+
+// number of this thread's warp among those of the consumers (below 0: not one); the compiler knows that a warp agrees
+__device__ __forceinline__ int ring_warp(void) { return __shfl_sync(~0u, (int)threadIdx.x / WARP, 0) - 4; }
 
 // ---- warp_specialised ------------------------------------------------------------------------
 // idea     one warp does nothing but start copies, two warpgroups nothing but products; they meet at barriers in shared memory,
 //          four stages apart, and nobody waits for everybody. 232 registers for consumers make tiles of 128 x 256 possible
-// limit    48 KB from L2 for 1024 cycles of products, on every multiprocessor at once: 10 TB/s at full speed, more than L2 gives
+// limit    blocks start in the order of the grid, here down the rows: those that run together have all of a and a strip of b,
+//          and every wave of blocks fetches all of a from memory again
 
-// blocks lie side by side along M: the two of a cluster have the same rows of b
+// number i of (rows, columns) tiles, in groups of `group` rows, column by column within a group: *m, *n
+__device__ __forceinline__ void tile_order(int i, int group, int rows, int columns, int* m, int* n) {
+    int before = i / (group * columns) * group, left = i % (group * columns), height = min(rows - before, group);
+    *m = before + left % height, *n = left / height;
+}
+
+// a block a tile; the two of a cluster lie one above the other and have the same rows of b
 template <int CLUSTER>
 static __global__ void __launch_bounds__(RING_THREADS, 1)
     ring_kernel(floatX* y, const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map, int M,
-                int N, int K) {
+                int N, int K, int group) {
 #ifdef HOPPER_CODE
+    enum { STAGES = 4 };
     uint32_t tiles = shared_begin();
-    Ring r = ring_begin<CLUSTER>(tiles, tiles + RING_STAGES * RING_STAGE);
-    int m0 = blockIdx.x * RING_M, n0 = blockIdx.y * RING_N, steps = (K + RING_K - 1) / RING_K;
-    if (threadIdx.x < 128) {
+    Ring<STAGES> r = ring_begin<CLUSTER, STAGES>(tiles, tiles + STAGES * RING_STAGE);
+    int steps = (K + RING_K - 1) / RING_K, rows = (M + CLUSTER * RING_M - 1) / (CLUSTER * RING_M), m, n;
+    tile_order(blockIdx.x / CLUSTER, group, rows, (N + RING_N - 1) / RING_N, &m, &n);
+    int m0 = (m * CLUSTER + blockIdx.x % CLUSTER) * RING_M, n0 = n * RING_N, warp = ring_warp();
+    if (warp < 0) {
         registers_give<40>();
         if (threadIdx.x == 0) ring_produce<CLUSTER>(&r, &a_map, &b_map, steps, m0, n0);
         __syncwarp();
     } else {
         registers_take<232>();
         float d[RING_N / 2];
-        int group = threadIdx.x / 128 - 1;
-        ring_consume<CLUSTER>(&r, d, group, steps);
-        wgmma_store(y, d, M, N, m0 + (threadIdx.x / WARP - 4) * 16, n0);
+        ring_consume<CLUSTER>(&r, d, warp / 4, steps);
+        ring_finish<CLUSTER>(&r, d);
+        wgmma_store(y, d, M, N, m0 + warp * 16, n0);
     }
     if (CLUSTER > 1) cluster_sync(); // the other block may still send bytes and arrivals here
 #endif
@@ -502,122 +525,132 @@ static void launch_clusters(const void* kernel, int cluster, int bytes, dim3 gri
     launch_check();
 }
 
-template <int CLUSTER>
-static void ring_launch(const Problem* p, cudaStream_t stream) {
-    Problem q = *p;
-    CUtensorMap* b_map = CLUSTER > 1 ? &q.b_half_map : &q.b_map;
-    void* arguments[] = { &q.y, &q.a_map, b_map, &q.M, &q.N, &q.K };
-    dim3 grid((unsigned)(ceil_div(p->M, CLUSTER * RING_M) * CLUSTER), (unsigned)ceil_div(p->N, RING_N));
-    launch_clusters((const void*)ring_kernel<CLUSTER>, CLUSTER, RING_SHARED, grid, 0, arguments, stream);
+static int64_t cluster_tiles(const Problem* p, int cluster) {
+    return ceil_div(p->M, cluster * RING_M) * ceil_div(p->N, RING_N);
 }
 
-static void warp_specialised(const Problem* p, int, cudaStream_t stream) { ring_launch<1>(p, stream); }
+template <int CLUSTER>
+static void ring_launch(const Problem* p, int group, cudaStream_t stream) {
+    Problem q = *p;
+    CUtensorMap* b_map = CLUSTER > 1 ? &q.b_half_map : &q.b_map;
+    void* arguments[] = { &q.y, &q.a_map, b_map, &q.M, &q.N, &q.K, &group };
+    dim3 grid((unsigned)(cluster_tiles(p, CLUSTER) * CLUSTER));
+    launch_clusters((const void*)ring_kernel<CLUSTER>, CLUSTER, ring_shared(4, 0), grid, 0, arguments, stream);
+}
+
+static void warp_specialised(const Problem* p, int, cudaStream_t stream) {
+    ring_launch<1>(p, (int)ceil_div(p->M, RING_M), stream);
+}
+
+// ---- grouped ---------------------------------------------------------------------------------
+// idea     tiles in groups of 16 rows of tiles, column by column: the 132 that run together cover 2048 rows and some 2112 columns,
+//          near a square, and what they share is fetched from memory once for all of them
+// limit    48 KB from L2 for 1024 cycles of products, on every multiprocessor at once: 10 TB/s at full speed, more than L2 gives
+
+static void grouped(const Problem* p, int, cudaStream_t stream) { ring_launch<1>(p, 16, stream); }
 
 // ---- multicast -------------------------------------------------------------------------------
 // idea     two blocks one above the other need the same rows of b. As a cluster each fetches half of them and the copy engine
-//          delivers it to both: 32 KB from L2 instead of 48
+//          delivers it to both: 32 KB from L2 instead of 48. The consumers' word goes to both producers, and only says "used":
+//          as a release to the other block it would be a memory barrier of the whole GPU in every step, and lose 20 %
 // limit    between two tiles the tensor cores stand still: outputs leave in pieces of 16 bytes, the block ends, another begins and
-//          fills its ring. And blocks start in the order of the grid: those that run together have all of a and one strip of b
+//          fills its ring
 
-static void multicast(const Problem* p, int, cudaStream_t stream) { ring_launch<2>(p, stream); }
+static void multicast(const Problem* p, int, cudaStream_t stream) { ring_launch<2>(p, 8, stream); }
 
 // ---- persistent ------------------------------------------------------------------------------
 // idea     as many clusters as fit, each takes one tile after the other: the producer fills the ring for the next one while the
-//          outputs of this one leave, through shared memory, in whole rows, by the copy engine. Tiles come in groups of 8 rows
-//          of tiles, column by column: those that run together are near a square, whose rows of a and b L2 can hold
-// limit    the power limit, as for cuBLASLt
+//          outputs of this one leave, through shared memory, in whole rows, by the copy engine
+// limit    there is room for half a tile of outputs beside four stages: the second half waits until the first has been read, and
+//          the products of the next tile wait with it
 
-enum {
-    STORE_BYTES = 16 * 128,                      // 16 rows, 64 columns: what a warp stores at a time
-    PERSISTENT_STORE = RING_STAGES * RING_STAGE, // where that lies: two for each warp
-    PERSISTENT_BARS = PERSISTENT_STORE + 2 * RING_CONSUMERS * STORE_BYTES,
-    PERSISTENT_SHARED = PERSISTENT_BARS + RING_BARS,
-};
+enum { STORE_BYTES = 16 * 128 }; // 16 rows, 64 columns: what one copy stores
 
-// number i of (rows, columns) cluster tiles, of 256 x 256 outputs, in groups of GROUP rows: *m, *n
-template <int GROUP>
-__device__ __forceinline__ void tile_order(int i, int rows, int columns, int* m, int* n) {
-    int group = i / (GROUP * columns), left = i % (GROUP * columns), first = group * GROUP;
-    int height = min(rows - first, GROUP);
-    *m = first + left % height, *n = left / height;
-}
-
-// a warp's 16 rows of d (64, 256), by TMA, from row m0, column n0 on. buffers: two of STORE_BYTES, this warp's
+// a warp's 16 rows of d (64, 256), by TMA, from row m0, column n0 on. buffers: so many of STORE_BYTES, this warp's
+template <int BUFFERS>
 __device__ __forceinline__ void store_tile(const CUtensorMap* y_map, const float (&d)[RING_N / 2], uint32_t buffers,
                                            int M, int m0, int n0) {
-    int lane = threadIdx.x % WARP, row = lane % 16;
+    int lane = threadIdx.x % WARP;
+    uint32_t byte = lane % 16 * 128 + lane / 16 * 16;
 #pragma unroll
-    for (int c = 0; c < 4; c++) {
-        uint32_t buffer = buffers + c % 2 * STORE_BYTES;
-        if (lane == 0) tma_store_wait_read<1>(); // the store before the last has left this buffer
+    for (int c0 = 0; c0 < 4; c0 += BUFFERS) {
+        if (lane == 0) tma_store_wait_read<0>(); // what was in the buffers has left them
         __syncwarp();
 #pragma unroll
-        for (int i = 0; i < 4; i++) { // 16 columns: two chunks
-            const int j = 32 * c + 8 * i;
-            stmatrix(buffer + hopper_swizzle(row * 128 + i * 32 + lane / 16 * 16), bf16_pair(d[j], d[j + 1]),
+        for (int i = 0; i < 4 * BUFFERS; i++) { // 16 columns: two chunks
+            const int j = 32 * c0 + 8 * i;
+            stmatrix(buffers + i / 4 * STORE_BYTES + hopper_swizzle(byte + i % 4 * 32), bf16_pair(d[j], d[j + 1]),
                      bf16_pair(d[j + 2], d[j + 3]), bf16_pair(d[j + 4], d[j + 5]), bf16_pair(d[j + 6], d[j + 7]));
         }
         fence_async();
         __syncwarp();
         if (lane == 0) {
-            if (m0 < M) tma_store(y_map, buffer, n0 + 64 * c, m0);
+            if (m0 < M)
+                for (int c = 0; c < BUFFERS; c++) tma_store(y_map, buffers + c * STORE_BYTES, n0 + 64 * (c0 + c), m0);
             tma_store_commit();
         }
     }
 }
 
-template <int GROUP, int BEHIND, int LEAD>
+// STAGES of the ring and BUFFERS of a warp share the room. LATE: cycles that the second warpgroup waits once, at the start
+template <int CLUSTER, int STAGES, int BUFFERS>
 static __global__ void __launch_bounds__(RING_THREADS, 1)
     persistent_kernel(const __grid_constant__ CUtensorMap y_map, const __grid_constant__ CUtensorMap a_map,
-                      const __grid_constant__ CUtensorMap b_map, int M, int N, int K) {
+                      const __grid_constant__ CUtensorMap b_map, int M, int N, int K, int group, int late) {
 #ifdef HOPPER_CODE
-    uint32_t shared = shared_begin();
-    Ring r = ring_begin<2>(shared, shared + PERSISTENT_BARS);
-    int rank = (int)cluster_rank(), steps = (K + RING_K - 1) / RING_K, m, n;
-    int tile_rows = (M + 2 * RING_M - 1) / (2 * RING_M), tile_columns = (N + RING_N - 1) / RING_N;
-    int first = blockIdx.x / 2, stride = gridDim.x / 2;
-    if (threadIdx.x < 128) {
+    uint32_t shared = shared_begin(), buffers = shared + STAGES * RING_STAGE;
+    Ring<STAGES> r = ring_begin<CLUSTER, STAGES>(shared, buffers + RING_CONSUMERS * BUFFERS * STORE_BYTES);
+    int steps = (K + RING_K - 1) / RING_K, warp = ring_warp(), m, n;
+    int rows = (M + CLUSTER * RING_M - 1) / (CLUSTER * RING_M), columns = (N + RING_N - 1) / RING_N;
+    int first = blockIdx.x / CLUSTER, stride = gridDim.x / CLUSTER, rank = blockIdx.x % CLUSTER;
+    if (warp < 0) {
         registers_give<40>();
         if (threadIdx.x == 0)
-            for (int i = first; i < tile_rows * tile_columns; i += stride) {
-                tile_order<GROUP>(i, tile_rows, tile_columns, &m, &n);
-                ring_produce<2>(&r, &a_map, &b_map, steps, (2 * m + rank) * RING_M, n * RING_N);
+            for (int i = first; i < rows * columns; i += stride) {
+                tile_order(i, group, rows, columns, &m, &n);
+                ring_produce<CLUSTER>(&r, &a_map, &b_map, steps, (m * CLUSTER + rank) * RING_M, n * RING_N);
             }
         __syncwarp();
     } else {
         registers_take<232>();
         float d[RING_N / 2];
-        int warp = threadIdx.x / WARP - 4;
-        if (LEAD > 0 && warp >= 4) {
+        if (late > 0 && warp >= 4) {
             mbarrier_wait(r.full(), 0);
-            long long start = clock64();
-            while (clock64() - start < LEAD * 512) continue;
+            for (long long start = clock64(); clock64() - start < late;) continue;
         }
-        for (int i = first; i < tile_rows * tile_columns; i += stride) {
-            tile_order<GROUP>(i, tile_rows, tile_columns, &m, &n);
-            ring_consume<2, BEHIND>(&r, d, warp / 4, steps);
-            store_tile(&y_map, d, shared + PERSISTENT_STORE + warp * 2 * STORE_BYTES, M,
-                       (2 * m + rank) * RING_M + warp * 16, n * RING_N);
+        for (int i = first; i < rows * columns; i += stride) {
+            ring_consume<CLUSTER>(&r, d, warp / 4, steps);
+            tile_order(i, group, rows, columns, &m, &n);
+            asm volatile("" : "+r"(m), "+r"(n)); // its divisions here, while the last products run
+            ring_finish<CLUSTER>(&r, d);
+            store_tile<BUFFERS>(&y_map, d, buffers + warp * BUFFERS * STORE_BYTES, M,
+                                (m * CLUSTER + rank) * RING_M + warp * 16, n * RING_N);
         }
         if (threadIdx.x % WARP == 0) tma_store_wait_read<0>(); // shared memory is there until it has been read
         __syncwarp();
     }
-    cluster_sync();
+    if (CLUSTER > 1) cluster_sync();
 #endif
 }
 
-template <int GROUP, int BEHIND, int LEAD>
-static void persistent_launch(const Problem* p, int, cudaStream_t stream) {
+template <int CLUSTER, int STAGES>
+static void persistent_launch(const Problem* p, int group, int late, cudaStream_t stream) {
+    enum { BUFFERS = STAGES > 3 ? 2 : 4, OUTPUTS = RING_CONSUMERS * BUFFERS * STORE_BYTES };
     Problem q = *p;
-    void* arguments[] = { &q.y_map, &q.a_map, &q.b_half_map, &q.M, &q.N, &q.K };
-    int64_t tiles = ceil_div(p->M, 2 * RING_M) * ceil_div(p->N, RING_N);
-    launch_clusters((const void*)persistent_kernel<GROUP, BEHIND, LEAD>, 2, PERSISTENT_SHARED, dim3(0), tiles,
-                    arguments, stream);
+    CUtensorMap* b_map = CLUSTER > 1 ? &q.b_half_map : &q.b_map;
+    void* arguments[] = { &q.y_map, &q.a_map, b_map, &q.M, &q.N, &q.K, &group, &late };
+    launch_clusters((const void*)persistent_kernel<CLUSTER, STAGES, BUFFERS>, CLUSTER, ring_shared(STAGES, OUTPUTS),
+                    dim3(0), cluster_tiles(p, CLUSTER), arguments, stream);
 }
 
-static void persistent(const Problem* p, int block, cudaStream_t stream) {
-    persistent_launch<8, 1, 0>(p, block, stream);
-}
+static void persistent(const Problem* p, int, cudaStream_t stream) { persistent_launch<2, 4>(p, 8, 0, stream); }
+
+// ---- whole_tile ------------------------------------------------------------------------------
+// idea     three stages instead of four, and room for all outputs of a tile: they are put down without waiting, and the next
+//          tile's products begin while the copy engine carries them out
+// limit    the power limit, as for cuBLASLt
+
+static void whole_tile(const Problem* p, int, cudaStream_t stream) { persistent_launch<2, 3>(p, 8, 0, stream); }
 
 // ---- library ---------------------------------------------------------------------------------
 
@@ -659,13 +692,19 @@ static const Variant<Problem> variants[] = {
     { "mma_sync",         mma_sync,         { 0 },            "tensor cores, 16 x 8 x 16 a warp" },
     { "ldmatrix",         swizzled,         { 0 },            "swizzled tiles: no bank conflicts, fragments four at once" },
     { "cp_async",         cp_async,         { 0 },            "copies past the registers, three tiles deep" },
-    { "wgmma_tma",        wgmma_tma,        { 0 },            "64 x 128 x 16 from shared memory; the copy engine",        refuses_elsewhere },
-    { "warp_specialised", warp_specialised, { 0 },            "a producer, two consumers, 128 x 256 outputs",             refuses_elsewhere },
-    { "multicast",        multicast,        { 0 },            "clusters of two fetch the rows of b once",                 refuses_elsewhere },
-    { "persistent",       persistent,       { 0 },            "tiles in L2's order, outputs leave while the next come in", refuses_elsewhere },
+    { "wgmma_tma",        wgmma_tma,        { 0 },            "64 x 128 x 16 from shared memory; the copy engine",       refuses_elsewhere },
+    { "warp_specialised", warp_specialised, { 0 },            "a producer, two consumers, 128 x 256 outputs",            refuses_elsewhere },
+    { "grouped",          grouped,          { 0 },            "tiles that run together lie near a square",               refuses_elsewhere },
+    { "multicast",        multicast,        { 0 },            "clusters of two fetch the rows of b once",                refuses_elsewhere },
+    { "persistent",       persistent,       { 0 },            "outputs leave while the next tile comes in",              refuses_elsewhere },
+    { "whole_tile",       whole_tile,       { 0 },            "three stages, and room for all outputs",                  refuses_elsewhere },
 #ifdef MATMUL_TUNE
-#define TRY(group, behind, lead) { "g" #group "b" #behind "l" #lead, persistent_launch<group, behind, lead>, { 0 }, "", refuses_elsewhere }
-    TRY(8, 0, 0), TRY(8, 1, 1), TRY(8, 1, 2), TRY(8, 0, 1), TRY(8, 0, 2), TRY(4, 1, 0), TRY(16, 1, 0), TRY(2, 1, 0), TRY(64, 1, 0),
+#define TRY(cluster, stages, group, late)                                                                                    \
+    { "c" #cluster "s" #stages "g" #group "l" #late,                                                                         \
+      [](const Problem* p, int, cudaStream_t stream) { persistent_launch<cluster, stages>(p, group, late, stream); }, { 0 }, \
+      "cluster, stages, rows of tiles in a group, cycles late", refuses_elsewhere }
+    TRY(1, 4, 16, 0), TRY(1, 3, 16, 0), TRY(2, 4, 4, 0), TRY(2, 4, 16, 0), TRY(2, 4, 8, 512), TRY(2, 4, 8, 1024),
+    TRY(2, 3, 4, 0), TRY(2, 3, 16, 0), TRY(2, 3, 8, 512),
 #endif
     { "library",          library,          { 0 },            "cuBLASLt's fastest candidate, what ships: llmc/matmul_cublas.cuh" },
 };
