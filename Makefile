@@ -36,7 +36,7 @@ endif
 
 .DEFAULT_GOAL := llama3
 .DELETE_ON_ERROR:
-.PHONY: help deps test test-parity fuzz fuzz-run bench-cpu bench-cpu-build test_ops format clean
+.PHONY: help deps test test-parity fuzz fuzz-run bench-cpu bench-cpu-build test_ops profile format clean
 
 VERSION := 0.1
 
@@ -134,7 +134,7 @@ CUDA_FLAGS := $(if $(CUDA_EXTRA),-I$(CUDA_EXTRA)/include -L$(CUDA_EXTRA)/lib)
 ifeq ($(filter BF16 FP32,$(PRECISION)),)
 $(error PRECISION=$(PRECISION): expected BF16 or FP32)
 endif
-ifneq ($(filter %cu test_ops gpu-objects,$(MAKECMDGOALS)),)
+ifneq ($(filter %cu test_ops gpu-objects profile,$(MAKECMDGOALS)),)
 ifeq ($(CUDA_ARCH),)
 CUDA_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '.')
 endif
@@ -146,7 +146,7 @@ endif
 CUDNN_FLAGS ?= $(if $(DEPS),-I$(DEPS)/include)
 
 # cuDNN's attention is used where its headers and those of cudnn-frontend are found; it knows bf16 alone
-ifneq ($(filter %cu test_ops gpu-objects,$(MAKECMDGOALS)),)
+ifneq ($(filter %cu test_ops gpu-objects profile,$(MAKECMDGOALS)),)
 FOUND_CUDNN := $(shell $(NVCC) -std=c++17 -I. $(CUDNN_FLAGS) $(CUDA_FLAGS) -E llmc/attention_cudnn.cpp >/dev/null 2>&1 && echo 1 || echo 0)
 ifeq ($(USE_CUDNN),)
 USE_CUDNN := $(if $(filter FP32,$(PRECISION)),0,$(FOUND_CUDNN))
@@ -187,6 +187,16 @@ $(GPU_BUILD)/train_llama3cu: train_llama3.cu $(CUDNN_OBJECT) $(CORPUS) Makefile 
 	$(need_nvcc)
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCCFLAGS) -DVERSION='"$(VERSION)"' -o $@ $< $(CUDNN_OBJECT) $(call cuda_flags,$(LIBS)) $(CUDA_LIBS)
+
+## profile: the first calls of an op in a step under ncu, and where there is nsys a timeline: OP=adamw ARGS="--model 350M --seq 1024"
+OP ?= rmsnorm_backward
+PROFILED = ./train_llama3cu train --eval-every 0 --sample-every 0 --checkpoint-every 0 --out build/profile/run $(ARGS)
+profile: train_llama3cu
+	@command -v ncu >/dev/null || { echo "error: no ncu: install Nsight Compute, which comes with the CUDA Toolkit" >&2; exit 1; }
+	@mkdir -p build/profile
+	ncu --set full --clock-control none --nvtx --nvtx-include "$(OP)]" --launch-count 4 -f -o build/profile/$(OP) $(PROFILED) --steps 1
+	ncu --import build/profile/$(OP).ncu-rep --page details
+	@command -v nsys >/dev/null || exit 0; set -x; nsys profile -t cuda,nvtx -f true -o build/profile/timeline $(PROFILED) --steps 5
 
 ## test_llama3cu: what the GPU must prove: ops against the CPU, the whole model against llama3.c and PyTorch, resume
 test_llama3cu: $(GPU_BUILD)/test_llama3cu

@@ -53,11 +53,13 @@ typedef struct {
     floatX* qkv;      // (N, QKV) after RoPE
     float* lse;       // (B, NH, T)
     floatX* att;      // (N, NH*HD)
+    // spent once the feed-forward's backward pass is done
+    float* r2;        // (N)
     floatX* mid;      // (N, C) residual stream between attention and feed-forward
     floatX* norm2;    // (N, C)
-    float* r2;        // (N)
     floatX* gate_up;  // (N, 2F)
     floatX* ffn;      // (N, F)
+    size_t spent;     // where those begin in the arena
 } LayerActs;
 
 // a place for a batch on its way to the GPU. There are two: one is filled and copied while the pass before reads the other
@@ -105,6 +107,7 @@ typedef struct {
 
     Arena arena;          // block: the GPU's memory
     size_t first, layers; // bytes in it: of the first layer, with what the layers share; of all layers
+    size_t spent;         // where what attention_room counts ends in it
 } Acts;
 
 struct Model {
@@ -134,9 +137,10 @@ static struct {
     Settings set;
     bool accumulates;            // a step has several passes
     bool chunk_noted;            // logits_bytes is that of the run that is resumed
+    bool planned;                // memory was planned for, and the plan is to be shown
     cudaStream_t stream, copies; // copies: of batches, while stream computes
     size_t bytes;                // allocated
-} gpu = { { RECOMPUTE_NONE, ATTENTION_REFERENCE, false, DTYPE_X == DTYPE_BF16, LOGITS_MOST }, false, false, 0, 0, 0 };
+} gpu = { { RECOMPUTE_NONE, ATTENTION_REFERENCE, false, DTYPE_X == DTYPE_BF16, LOGITS_MOST }, false, false, false, 0, 0, 0 };
 
 // ---- 2. memory -------------------------------------------------------------------------------
 
@@ -230,22 +234,28 @@ static void layer_layout(LayerActs* a, LayerActs* shared, Arena* arena, const Co
 #define KEEP_BELOW(level, field, type, n) a->field = recompute < (level) || first ? KEEP(type, n) : shared->field
     KEEP_BELOW(KEEP_NOTHING, x, floatX, N * C);
     KEEP_BELOW(KEEP_NOTHING, r1, float, N);
-    KEEP_BELOW(KEEP_NOTHING, r2, float, N);
     KEEP_BELOW(RECOMPUTE_NORMS, norm1, floatX, N * C);
-    KEEP_BELOW(RECOMPUTE_NORMS, norm2, floatX, N * C);
-    KEEP_BELOW(RECOMPUTE_NORMS, ffn, floatX, N * F);
-    KEEP_BELOW(RECOMPUTE_FFN, gate_up, floatX, N * 2 * F);
     KEEP_BELOW(RECOMPUTE_BLOCK, qkv, floatX, N * (size_t)config_qkv(c));
     KEEP_BELOW(RECOMPUTE_BLOCK, lse, float, N * (size_t)c->NH);
     KEEP_BELOW(RECOMPUTE_BLOCK, att, floatX, N * Q);
+    a->spent = arena_end(arena);
+    KEEP_BELOW(KEEP_NOTHING, r2, float, N);
     KEEP_BELOW(RECOMPUTE_BLOCK, mid, floatX, N * C);
+    KEEP_BELOW(RECOMPUTE_NORMS, norm2, floatX, N * C);
+    KEEP_BELOW(RECOMPUTE_NORMS, ffn, floatX, N * F);
+    KEEP_BELOW(RECOMPUTE_FFN, gate_up, floatX, N * 2 * F);
 #undef KEEP_BELOW
 }
+
+// Attention's backward pass finds its scratch in what is spent by then: of its layer from r2 on, of the layers above all of it,
+// and what lies behind them up to s->spent. So it costs no memory, and there is more of it with every layer
+static size_t attention_room(const Acts* s, int l) { return s->spent - s->layer[l].spent; }
 
 // scratch for whichever op needs most
 static size_t scratch_bytes(const Acts* s, const Config* c, int B, int T, bool training) {
     const AttentionShape shape = { B, T, c->NH, c->NKV, c->HD };
-    size_t most = s->capacity ? 0 : attention_scratch(s->attention, shape, training);
+    const bool has_room = training && attention_scratch(s->attention, shape, true) <= attention_room(s, c->L - 1);
+    size_t most = s->capacity ? 0 : attention_scratch(s->attention, shape, training && !has_room);
     if (!training) return most;
     size_t others[] = { embedding_backward_scratch(B * T, c->V), rmsnorm_backward_scratch(c->C) };
     for (size_t i = 0; i < sizeof others / sizeof others[0]; i++) most = others[i] > most ? others[i] : most;
@@ -263,11 +273,13 @@ static void acts_layout(Acts* s, const Config* c, int B, int T, bool training) {
     s->layer[c->L].x = KEEP(floatX, N * C);
     s->layer[c->L].norm1 = KEEP(floatX, N * C);
     s->layer[c->L].r1 = KEEP(float, N);
+    s->out = KEEP(floatX, N * C);
+    s->logits = KEEP(floatX, (size_t)s->head_rows * (size_t)lm_head_stride(c->V));
+    if (training) s->dffn = KEEP(floatX, N * (size_t)c->F);
+    s->spent = arena->used;
     for (int i = 0; i < 2; i++) s->feed[i].device = KEEP(int32_t, 2 * N);
     s->losses = KEEP(float, N);
     s->loss = KEEP(double, 1);
-    s->out = KEEP(floatX, N * C);
-    s->logits = KEEP(floatX, (size_t)s->head_rows * (size_t)lm_head_stride(c->V));
     s->cos = KEEP(float, (size_t)T * (size_t)c->HD / 2);
     s->sin = KEEP(float, (size_t)T * (size_t)c->HD / 2);
     s->scratch = KEEP(char, scratch_bytes(s, c, B, T, training));
@@ -279,7 +291,6 @@ static void acts_layout(Acts* s, const Config* c, int B, int T, bool training) {
     s->dnorm = KEEP(floatX, N * C);
     s->dqkv = KEEP(floatX, N * (size_t)config_qkv(c));
     s->datt = KEEP(floatX, N * Q);
-    s->dffn = KEEP(floatX, N * (size_t)c->F);
 }
 
 // rows of a chunk of the head
@@ -445,27 +456,28 @@ static bool plan_refuse(const Plan* p, const Config* c, int B, int T, int64_t ro
     Plan fits;
     char batch[96] = "", seq[32] = "";
     if (!plan_search(&fits, c, &B, &T, rows * T))
-        return set_error(err, "training takes %.2f GiB of the GPU's memory, there are %.2f, and no batch of this model fits", p->total / GiB,
+        return set_error(err, "training takes %.2f GiB of the GPU's memory, %.2f can be had, and no batch of this model fits", p->total / GiB,
                          room / GiB);
     if (T != T0) snprintf(seq, sizeof seq, " --seq %d", T);
     if (B != B0 || T != T0) snprintf(batch, sizeof batch, " --batch %d --total-batch %lld", B, (long long)rows * T0);
-    return set_error(err, "training takes %.2f GiB of the GPU's memory, there are %.2f; this takes %.2f:%s%s%s%s%s%s", p->total / GiB,
+    return set_error(err, "training takes %.2f GiB of the GPU's memory, %.2f can be had; this takes %.2f:%s%s%s%s%s%s", p->total / GiB,
                      room / GiB, fits.total / GiB, gpu.set.recompute != asked.recompute ? " --recompute " : "",
                      gpu.set.recompute != asked.recompute ? recompute_names[gpu.set.recompute] : "",
                      gpu.set.bf16_moments != asked.bf16_moments ? " --moments bf16" : "",
                      gpu.set.master != asked.master ? " --master none" : "", batch, seq);
 }
 
-static void plan_print(const Plan* p, const Config* c, int B, int T) {
-    const double GiB = 0x1p30, logits = (double)p->s.head_rows * lm_head_stride(c->V) * sizeof(floatX);
-    const double layers = (double)p->s.layers, first = (double)p->s.first, layer = c->L > 1 ? (layers - first) / (c->L - 1) : layers;
-    const double scratch = (double)scratch_bytes(&p->s, c, B, T, true), rest = (double)p->s.arena.used - layers - logits - scratch;
+static void plan_print(const Config* c, int B, int T) {
+    const Plan p = plan_make(c, B, T);
+    const double GiB = 0x1p30, logits = (double)p.s.head_rows * lm_head_stride(c->V) * sizeof(floatX);
+    const double layers = (double)p.s.layers, first = (double)p.s.first, layer = c->L > 1 ? (layers - first) / (c->L - 1) : layers;
+    const double scratch = (double)scratch_bytes(&p.s, c, B, T, true), rest = (double)p.s.arena.used - layers - logits - scratch;
     fprintf(stderr, "memory     weights %.2f, master %.2f, gradients %.2f, moments %.2f, activations %d x %.3f + %.2f GiB (layers, shared)\n",
-            p->weights / GiB, p->master / GiB, p->gradients / GiB, p->moments / GiB, c->L, layer / GiB, (first - layer + rest) / GiB);
-    fprintf(stderr, "memory     logits of %d rows %.2f, attention and other scratch %.2f GiB: %.2f in all, %.2f more could be had\n",
-            p->s.head_rows, logits / GiB, scratch / GiB, p->total / GiB, (gpu_room() - p->total) / GiB);
-    fprintf(stderr, "attention  %s%s%s; recompute %s\n", attention_names[p->s.attention], *p->s.passed_over.text ? ", " : "",
-            p->s.passed_over.text, recompute_names[p->s.recompute]);
+            p.weights / GiB, p.master / GiB, p.gradients / GiB, p.moments / GiB, c->L, layer / GiB, (first - layer + rest) / GiB);
+    fprintf(stderr, "memory     logits of %d rows %.2f, attention and other scratch %.2f GiB; %.2f in all, %.2f more could be had\n",
+            p.s.head_rows, logits / GiB, scratch / GiB, p.total / GiB, (gpu_room() - p.total) / GiB);
+    fprintf(stderr, "attention  %s%s%s; recompute %s\n", attention_names[p.s.attention], *p.s.passed_over.text ? ", " : "",
+            p.s.passed_over.text, recompute_names[p.s.recompute]);
 }
 
 // the kernels move 16 bytes at a time
@@ -508,10 +520,11 @@ static void attention_block_backward(const Config* c, const LayerParams* w, Laye
     const LayerActs* a = &s->layer[l];
     const int N = s->B * s->T, C = c->C, Q = c->NH * c->HD, QKV = config_qkv(c);
     const AttentionShape shape = { s->B, s->T, c->NH, c->NKV, c->HD };
+    const size_t least = attention_scratch(s->attention, shape, true), room = attention_room(s, l);
+    void* scratch = room < least ? s->scratch : s->arena.block + a->spent;
     matmul_dx(s->datt, s->dx, X(w->o), N, Q, C, false, gpu.stream);
     matmul_dw(X(dw->o), s->dx, a->att, N, Q, C, add, gpu.stream);
-    attention_backward(s->attention, s->dqkv, s->datt, a->qkv, a->att, a->lse, shape, s->scratch,
-                       attention_scratch(s->attention, shape, true), gpu.stream);
+    attention_backward(s->attention, s->dqkv, s->datt, a->qkv, a->att, a->lse, shape, scratch, room < least ? least : room, gpu.stream);
     rope_backward(s->dqkv, s->cos, s->sin, s->B, s->T, 0, c->NH + c->NKV, c->HD, QKV, gpu.stream);
     matmul_dx(s->dnorm, s->dqkv, X(w->q), N, C, QKV, false, gpu.stream);
     if (s->recompute == RECOMPUTE_NORMS || s->recompute == RECOMPUTE_FFN)
@@ -855,15 +868,14 @@ bool model_plan(const Config* c, int B, int T, int64_t rows, Error* err) {
     if (gpu.chunk_noted && gpu.set.logits_bytes != noted)
         fprintf(stderr, "warning: less memory is free than when the run began: it goes on in smaller chunks, and losses may differ in "
                         "their last bits\n");
-    plan_print(&p, c, B, T);
-    return true;
+    return gpu.planned = true;
 }
 
 // has the algorithms of a step's products chosen: they are timed in memory that is not there any more later
-static void choose_products(const Config* c, const Acts* s, int N, bool training) {
-    const int Q = c->NH * c->HD, ld = lm_head_stride(c->V);
+static void choose_products(const Config* c, int N, bool training) {
+    const int Q = c->NH * c->HD, ld = lm_head_stride(c->V), chunk = head_rows(c, N);
     const int sizes[][2] = { { c->C, config_qkv(c) }, { Q, c->C }, { c->C, 2 * c->F }, { c->F, c->C } }; // inputs, outputs
-    const int chunks[] = { N < s->head_rows ? N : s->head_rows, N % s->head_rows };
+    const int chunks[] = { chunk, N % chunk };
     for (int i = 0; i < 4; i++) {
         const int in = sizes[i][0], out = sizes[i][1];
         matmul_choose(matmul_shape(MATMUL_FORWARD, false, false, N, in, out, out), gpu.stream);
@@ -887,10 +899,9 @@ void model_reserve(Model* m, int B, int T, bool training) {
         m->v = gpu_set_make(&m->c, moments, "AdamW's second moments");
         m->dw_empty = true;
     }
-    Acts s = acts_begin(&m->c, B, T, B * T, 0, training);
-    choose_products(&m->c, &s, B * T, training);
-    free(s.layer);
+    choose_products(&m->c, B * T, training);
     m->s = acts_make(&m->c, B, T, B * T, 0, training);
+    if (training && gpu.planned) plan_print(&m->c, B, T);
 }
 
 double model_loss(Model* m, const int32_t* ids, const int32_t* labels, int B, int T) {
@@ -915,6 +926,28 @@ void model_skip(Model* m) { llama3_begin_step(m); }
 void model_update(Model* m, AdamWOptions o) {
     llama3_update(m, o);
     llama3_begin_step(m);
+}
+
+// of random numbers, for a fifth of a second: the clock has settled by then
+double model_matrix_rate(void) {
+    enum { SIDE = DTYPE_X == DTYPE_BF16 ? 8192 : 4096 };
+    const double flops = 2.0 * SIDE * SIDE * SIDE;
+    const int64_t n = (int64_t)SIDE * SIDE;
+    float us = INFINITY;
+    gpu_start();
+    matmul_cache_read();
+    const MatmulChoice* c = matmul_choose(matmul_shape(MATMUL_FORWARD, false, false, SIDE, SIDE, SIDE, SIDE), gpu.stream);
+    MatmulBench b = { NULL, NULL, NULL, 0, 0, gpu.stream };
+    b.x = matmul_random<floatX>(n, 1, gpu.stream), b.w = matmul_random<floatX>(n, 2, gpu.stream), b.y = matmul_random<floatX>(n, 3, gpu.stream);
+    if (b.x && b.w && b.y) {
+        cuda_check(cudaEventCreate(&b.start));
+        cuda_check(cudaEventCreate(&b.stop));
+        us = matmul_time(&b, c, &c->algorithm, 2);
+        us = matmul_time(&b, c, &c->algorithm, 1 + (int)(2e5f / fmaxf(us, 1)));
+        cudaEventDestroy(b.start), cudaEventDestroy(b.stop);
+    }
+    cudaFree(b.x), cudaFree(b.w), cudaFree(b.y);
+    return flops / (double)us * 1e6;
 }
 
 void model_report(const Model* m) {

@@ -91,16 +91,13 @@ static inline void info_parameters(const Config* c) {
     else printf("  lm_head              %.0f\n", n.head);
 }
 
-// two FLOPs per parameter of a product and token; attention's two products meet half of T keys on average; backward costs
-// twice the forward pass
 static inline void info_costs(const Config* c, double stored) {
     const double MiB = 0x1p20;
     double training;
     Error why;
     ParamCount n = params_count(c);
     int T = c->context < 2048 ? c->context : 2048, train_T = c->context < 256 ? c->context : 256;
-    double products = n.attention + n.ffn + (c->tied ? n.embed : n.head);
-    double forward = 2 * products + 2.0 * c->L * c->NH * c->HD * T;
+    double forward = flops_per_token(c, T);
     printf("FLOPs per token        forward %.4g, training %.4g (T %d)\n", forward, 3 * forward, T);
     if (stored > 0) printf("weights                %.1f MiB as stored\n", stored / MiB);
     else printf("weights                %.1f MiB in F32, %.1f MiB in BF16\n", 4 * n.total / MiB, 2 * n.total / MiB);

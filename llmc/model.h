@@ -39,11 +39,11 @@ MODEL_API bool model_is_finite(const Model* m, Error* err);
 
 // ---- passes: ids and labels (B, T), label t is the token after id t, IGNORED_LABEL does not count ----
 
-// whether there is memory to train with batches (B, T), `rows` sequences to a step, before any is taken: says what goes where,
-// or in err the nearest configuration that fits
+// whether there is memory to train with batches (B, T), `rows` sequences to a step, before any is taken; else err has the nearest
+// configuration that fits
 MODEL_API bool model_plan(const Config* c, int B, int T, int64_t rows, Error* err);
 
-// memory for passes of up to B sequences of up to T tokens; training: with backward and updates
+// memory for passes of up to B sequences of up to T tokens; training: with backward and updates, and where it goes is said
 MODEL_API void model_reserve(Model* m, int B, int T, bool training);
 
 // the sum of the losses
@@ -71,6 +71,9 @@ MODEL_API void model_update(Model* m, AdamWOptions o);
 
 // the same without the AdamW step
 MODEL_API void model_skip(Model* m);
+
+// FLOP/s of a large matrix product, measured: what a step's are compared with; 0 where that says nothing
+MODEL_API double model_matrix_rate(void);
 
 // what was measured because the options ask for it, on stderr
 MODEL_API void model_report(const Model* m);

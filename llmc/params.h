@@ -110,6 +110,13 @@ static inline ParamCount params_count(const Config* c) {
     return count;
 }
 
+// of a forward pass over T tokens, for each of them: two FLOPs for each parameter of a product; attention's two products meet
+// half of T keys on average. A backward pass costs twice that
+static inline double flops_per_token(const Config* c, int T) {
+    const ParamCount n = params_count(c);
+    return 2 * (n.attention + n.ffn + (c->tied ? n.embed : n.head)) + 2.0 * c->L * c->NH * c->HD * T;
+}
+
 // ---- files -----------------------------------------------------------------------------------
 
 // a safetensors file under construction: several sets, each with a prefix to its names

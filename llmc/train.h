@@ -40,6 +40,7 @@ typedef struct {
     double best;              // lowest validation loss
     cJSON* state;             // of the run that is resumed: options point into it
     double start, show;       // seconds: when the loop began; after how many of them the next step is shown
+    double flops, rate;       // of a step; a second's of a large product (0: not known)
     Log log;
 } Training;
 
@@ -144,8 +145,9 @@ static inline void start_shape(Training* t) {
     check_vocabulary(r);
 }
 
-// the sizes of a step, and the learning rate where none was given
+// the sizes of a step, if there is memory for them, and the learning rate where none was given
 static inline void start_step(Training* t) {
+    Error err;
     Options* o = &t->run->o;
     const Config* c = &t->run->c;
     if (o->seq > c->context) die("--seq %lld: the model's context is %d", (long long)o->seq, c->context);
@@ -157,7 +159,9 @@ static inline void start_step(Training* t) {
         die("--total-batch %lld: expected a multiple of B*T = %lld", (long long)o->total_batch, (long long)tokens);
     t->rows = o->total_batch ? o->total_batch / t->T : t->B;
     t->step_batch = batch_make(t->rows, t->T);
+    t->flops = 3 * flops_per_token(c, t->T) * (double)t->rows * t->T;
     if (o->lr == 0) o->lr = (t->run->folder[0] ? 0.05 : 0.5) / c->C;
+    if (o->steps > 0) must(model_plan(c, t->B, t->T, t->rows, &err), &err);
 }
 
 static inline void start_data(Training* t, const Corpus* corpus) {
@@ -180,12 +184,12 @@ static inline void start_data(Training* t, const Corpus* corpus) {
                 (long long)data_tokens(&t->train), (long long)t->tokens);
 }
 
-// the weights and, where there is something to train, all that takes memory, if it fits
+// the weights and, where there is something to train, all that takes memory
 static inline void start_model(Training* t) {
     Error err;
     Run* r = t->run;
     const bool training = r->o.steps > 0;
-    if (training) must(model_plan(&r->c, t->B, t->T, t->rows, &err), &err);
+    if (training && t->flops > 1e12) t->rate = model_matrix_rate(); // beside smaller steps it says nothing
     take_model(r, r->folder[0] ? model_load(r->folder, &err) : model_make(&r->c, (uint64_t)r->o.seed), &err);
     if (training) model_reserve(r->m, t->B, t->T, true);
     if (training && r->o.resume) must(model_load_optimizer(r->m, r->folder, t->updates, &err), &err);
@@ -212,6 +216,9 @@ static inline void print_banner(const Training* t) {
                 (unsigned long long)data_tokens(&t->val));
     fprintf(stderr, "step       %lld sequences of %d tokens, %d at a time; AdamW, learning rate %.3g, %s\n",
             (long long)t->rows, t->T, t->B, o->lr, o->schedule);
+    if (t->rate > 0)
+        fprintf(stderr, "speed      a step has %.3g FLOPs; a large matrix product runs at %.1f TFLOP/s here, of which a step's percentage is\n",
+                t->flops, t->rate * 1e-12);
     fprintf(stderr, "output     %s\n", t->out);
 }
 
@@ -278,7 +285,7 @@ static inline StepResult train_step(Training* t) {
 // the log has every step, the terminal at most one in half a second, and fewer the longer the run; an outlier stands in both
 static inline void report_step(Training* t, StepResult s, bool last) {
     Error err;
-    char z[96] = "", z_json[96] = "";
+    char z[96] = "", z_json[96] = "", rate[64] = "";
     const double tokens_s = (double)(t->rows * t->T) / s.ms * 1e3, elapsed = now() - t->start;
     const bool outlier = s.skipped || fmax(s.loss_z, s.norm_z) > OUTLIER_Z;
     if (outlier) {
@@ -290,8 +297,10 @@ static inline void report_step(Training* t, StepResult s, bool last) {
                   (long long)t->step, s.loss, s.norm, s.lr, s.ms, tokens_s, z_json), &err);
     if (!last && !outlier && elapsed < t->show) return;
     t->show = elapsed + (elapsed < 30 ? 0.5 : elapsed < 1800 ? elapsed / 60 : 30);
-    fprintf(stderr, "step %6lld/%lld  loss %.4f  norm %.3f  lr %.2e  %.1f ms  %.0f tok/s  %s left%s\n", (long long)t->step,
-            (long long)t->run->o.steps, s.loss, s.norm, s.lr, s.ms, tokens_s,
+    const double flop_s = t->flops / s.ms * 1e3;
+    if (t->rate > 0) snprintf(rate, sizeof rate, "  %.1f TFLOP/s, %.0f %%", flop_s * 1e-12, 100 * flop_s / t->rate);
+    fprintf(stderr, "step %6lld/%lld  loss %.4f  norm %.3f  lr %.2e  %.1f ms  %.0f tok/s%s  %s left%s\n", (long long)t->step,
+            (long long)t->run->o.steps, s.loss, s.norm, s.lr, s.ms, tokens_s, rate,
             duration((double)(t->run->o.steps - t->step) * s.ms * 1e-3), z);
 }
 
