@@ -356,6 +356,8 @@ static void wgmma_tma(const Problem* p, int, cudaStream_t stream) {
 //     full[i]     ends when the 48 KB of stage i have arrived                    1 arrival, with the bytes to come
 //     empty[i]    ends when the consumers' warps have used what is in stage i    1 arrival of each warp of each block
 //
+//     note[i]     the tile that stage i is the first of: row, column             written by the producer before its arrival
+//
 // The producer waits for the end of the phase before (parity xor 1: a new barrier counts as ended), so both go round the ring
 // with the same index and parity.
 
@@ -370,20 +372,21 @@ enum {
     RING_STAGE = RING_A + RING_B,
 };
 
-// bytes of shared memory: stages, then room for outputs on their way out, then barriers
-constexpr int ring_shared(int stages, int outputs) { return stages * RING_STAGE + outputs + 2 * stages * 8; }
+// bytes of shared memory: stages, then room for outputs on their way out, then barriers and notes
+constexpr int ring_shared(int stages, int outputs) { return stages * RING_STAGE + outputs + 3 * stages * 8; }
 
 template <int STAGES>
 struct Ring {
     uint32_t tiles, bars; // addresses
-    int index;            // of the stage at hand
+    int index, before;    // of the stage at hand and of the one before
     uint32_t parity;
     __device__ __forceinline__ uint32_t a(void) const { return tiles + index * RING_STAGE; }
     __device__ __forceinline__ uint32_t b(void) const { return a() + RING_A; }
     __device__ __forceinline__ uint32_t full(void) const { return bars + index * 8; }
-    __device__ __forceinline__ int before(void) const { return index > 0 ? index - 1 : STAGES - 1; }
     __device__ __forceinline__ uint32_t empty_of(int i) const { return bars + (STAGES + i) * 8; }
+    __device__ __forceinline__ uint32_t note(void) const { return bars + (2 * STAGES + index) * 8; }
     __device__ __forceinline__ void next(void) {
+        before = index;
         if (++index == STAGES) index = 0, parity ^= 1;
     }
 };
@@ -391,7 +394,7 @@ struct Ring {
 // by all threads, at the start: blocks of a cluster (1: none) see each other's barriers afterwards
 template <int CLUSTER, int STAGES>
 __device__ __forceinline__ Ring<STAGES> ring_begin(uint32_t tiles, uint32_t bars) {
-    Ring<STAGES> r = { tiles, bars, 0, 0 };
+    Ring<STAGES> r = { tiles, bars, 0, 0, 0 };
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             mbarrier_init(bars + i * 8, 1);
@@ -414,6 +417,7 @@ __device__ __forceinline__ void ring_produce(Ring<STAGES>* r, const CUtensorMap*
     int rank = CLUSTER > 1 ? (int)cluster_rank() : 0;
     for (int step = 0; step < steps; step++, r->next()) {
         mbarrier_wait(r->empty_of(r->index), r->parity ^ 1);
+        if (step == 0) asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(r->note()), "r"(m0), "r"(n0) : "memory");
         mbarrier_expect(r->full(), RING_STAGE);
         tma_load(r->a(), a_map, r->full(), step * RING_K, m0);
         if (CLUSTER > 1)
@@ -424,14 +428,14 @@ __device__ __forceinline__ void ring_produce(Ring<STAGES>* r, const CUtensorMap*
     }
 }
 
-// the consumers' word that stage i may be filled again, to the producers of all blocks that fill it
+// the consumers' word that the stage before may be filled again, to the producers of all blocks that fill it
 template <int CLUSTER, int STAGES>
-__device__ __forceinline__ void ring_release(const Ring<STAGES>* r, int i) {
+__device__ __forceinline__ void ring_release(const Ring<STAGES>* r) {
     int lane = threadIdx.x % WARP;
     if (CLUSTER > 1) {
-        if (lane < CLUSTER) mbarrier_used_at(r->empty_of(i), lane);
+        if (lane < CLUSTER) mbarrier_used_at(r->empty_of(r->before), lane);
     } else if (lane == 0)
-        mbarrier_arrive(r->empty_of(i));
+        mbarrier_arrive(r->empty_of(r->before));
 }
 
 // the descriptor of what lies `bytes` further; of its two words only the lower changes
@@ -452,7 +456,7 @@ __device__ __forceinline__ void ring_consume(Ring<STAGES>* r, float (&d)[RING_N 
         for (int k = 0; k < RING_K; k += 16) wgmma(d, further(a, 2 * k), further(b, 2 * k), step > 0 || k > 0);
         wgmma_commit();
         wgmma_wait<1>();
-        if (step > 0) ring_release<CLUSTER>(r, r->before());
+        if (step > 0) ring_release<CLUSTER>(r);
     }
 }
 
@@ -460,7 +464,15 @@ __device__ __forceinline__ void ring_consume(Ring<STAGES>* r, float (&d)[RING_N 
 template <int CLUSTER, int STAGES>
 __device__ __forceinline__ void ring_finish(const Ring<STAGES>* r, float (&d)[RING_N / 2]) {
     wgmma_wait<0>(d);
-    ring_release<CLUSTER>(r, r->before());
+    ring_release<CLUSTER>(r);
+}
+
+// a consumer, at the first step of a tile: where it lies. The producer has divided for it: between two tiles
+// the tensor cores would wait for the two divisions
+template <int STAGES>
+__device__ __forceinline__ void ring_tile(const Ring<STAGES>* r, int* m0, int* n0) {
+    mbarrier_wait(r->full(), r->parity);
+    asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];" : "=r"(*m0), "=r"(*n0) : "r"(r->note()) : "memory");
 }
 
 // number of this thread's warp among those of the consumers (below 0: not one); the compiler knows that a warp agrees
@@ -619,12 +631,10 @@ static __global__ void __launch_bounds__(RING_THREADS, 1)
             for (long long start = clock64(); clock64() - start < late;) continue;
         }
         for (int i = first; i < rows * columns; i += stride) {
+            ring_tile(&r, &m, &n);
             ring_consume<CLUSTER>(&r, d, warp / 4, steps);
-            tile_order(i, group, rows, columns, &m, &n);
-            asm volatile("" : "+r"(m), "+r"(n)); // its divisions here, while the last products run
             ring_finish<CLUSTER>(&r, d);
-            store_tile<BUFFERS>(&y_map, d, buffers + warp * BUFFERS * STORE_BYTES, M,
-                                (m * CLUSTER + rank) * RING_M + warp * 16, n * RING_N);
+            store_tile<BUFFERS>(&y_map, d, buffers + warp * BUFFERS * STORE_BYTES, M, m + warp * 16, n);
         }
         if (threadIdx.x % WARP == 0) tma_store_wait_read<0>(); // shared memory is there until it has been read
         __syncwarp();
