@@ -355,8 +355,7 @@ static void wgmma_tma(const Problem* p, int, cudaStream_t stream) {
 //
 //     full[i]     ends when the 48 KB of stage i have arrived                    1 arrival, with the bytes to come
 //     empty[i]    ends when the consumers' warps have used what is in stage i    1 arrival of each warp of each block
-//
-//     note[i]     the tile that stage i is the first of: row, column             written by the producer before its arrival
+//     note[i]     row and column of the tile that begins with stage i            written by the producer before its arrival
 //
 // The producer waits for the end of the phase before (parity xor 1: a new barrier counts as ended), so both go round the ring
 // with the same index and parity.
