@@ -75,8 +75,8 @@ static void reference(Bench* b, const Problem* p, int64_t first, int64_t count) 
     const int touched = (int)ceil_div(p->V, PACK) * PACK;
     const int32_t* labels = b->host_ids(p->labels);
     for (int64_t n = first; n < first + count; n++) {
-        std::vector<float> row(b->host(p->logits, (size_t)n * p->ld, touched),
-                               b->host(p->logits, (size_t)n * p->ld, touched) + touched);
+        const float* logits = b->host(p->logits, (size_t)n * p->ld, (size_t)touched);
+        std::vector<float> row(logits, logits + touched);
         float loss;
         cross_entropy_cpu(&loss, row.data(), labels + n, p->scale, true, 1, p->V, p->ld);
         std::fill(row.begin() + p->V, row.end(), 0.0f);
