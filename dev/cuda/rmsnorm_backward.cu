@@ -53,19 +53,22 @@ struct Problem {
     floatX *dx, *dw;
     float* sums;   // scratch: (blocks, C)
     int blocks;    // the most that leave sums
+    float mean;    // 1 / C
     floatX* apart; // scratch: with RESIDUAL (N, C)
 };
 
 static Problem setup(Bench* b, const Shape* s) {
     const size_t n = (size_t)s->N * s->C;
     Problem p = {};
-    p.N = s->N, p.C = s->C;
+    p.N = s->N, p.C = s->C, p.mean = 1.0f / s->C;
     p.dy = b->input<floatX>("dy", n);
     p.x = b->input<floatX>("x", n, 2, 0.5f);
     p.w = b->input<floatX>("w", s->C, 0.3f, 1);
     p.r = b->input<float>("r", s->N, 0.05f, 0.5f); // x has about that; the formulas hold for any
-    if (RESIDUAL) p.dres = p.dx = b->in_place<floatX>("dx", n, 1, s->C);
-    else p.dx = b->output<floatX>("dx", n, s->C);
+    if (RESIDUAL)
+        p.dres = p.dx = b->in_place<floatX>("dx", n, 1, s->C);
+    else
+        p.dx = b->output<floatX>("dx", n, s->C);
     p.dw = b->in_place<floatX>("dw", s->C, 1, s->N);
     p.blocks = gpu_processors() * (int)std::max<int64_t>(2, 2048 * PACK / s->C);
     const size_t floats = std::max((size_t)p.blocks * s->C, rmsnorm_backward_scratch(s->C) / sizeof(float));
@@ -141,7 +144,7 @@ static __global__ void rows_by_threads_kernel(Problem p) {
     if (n >= p.N) return;
     float dot = 0;
     for (int c = 0; c < p.C; c++) dot += to_float(p.w[c]) * to_float(p.dy[row + c]) * to_float(p.x[row + c]);
-    const float r = p.r[n], scale = dot / p.C * r * r * r;
+    const float r = p.r[n], scale = dot * p.mean * r * r * r;
     for (int c = 0; c < p.C; c++) {
         float dx = r * to_float(p.w[c]) * to_float(p.dy[row + c]) - to_float(p.x[row + c]) * scale;
         if (RESIDUAL) dx += to_float(p.dres[row + c]);
@@ -171,7 +174,8 @@ static void loops_of_the_cpu(const Problem* p, int block, cudaStream_t stream) {
 //         each row, and N rows may be under way
 // limit   N*C atomic additions, as many as numbers; they are done in the L2, in whatever order: two runs differ in their bits
 
-template <bool ATOMICS> static __global__ void warp_per_row_kernel(Problem p) {
+template <bool ATOMICS>
+static __global__ void warp_per_row_kernel(Problem p) {
     const int n = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, first = threadIdx.x % WARP * PACK, step = WARP * PACK;
     const size_t row = (size_t)n * p.C;
     if (n >= p.N) return;
@@ -179,7 +183,7 @@ template <bool ATOMICS> static __global__ void warp_per_row_kernel(Problem p) {
 #pragma unroll 4
     for (int c = first; c < p.C; c += step)
         dot += rmsnorm_dot(pack_load(p.x + row + c), pack_load(p.dy + row + c), pack_load(p.w + c));
-    const float r = p.r[n], scale = warp_sum(dot) / p.C * r * r * r;
+    const float r = p.r[n], scale = warp_sum(dot) * p.mean * r * r * r;
     for (int c = first; c < p.C; c += step) {
         float dw[PACK] = { 0 };
         const PackX x = pack_load(p.x + row + c), dy = pack_load(p.dy + row + c);
@@ -240,7 +244,7 @@ static void two_kernels(const Problem* p, int block, cudaStream_t stream) {
 // limit   still in any order. And a block waits three times in turn: for its row, for the barrier, for the next row
 
 enum { ATOMICS, PARTIAL_SUMS, LAST_BLOCK, ALL_BLOCKS, EARLY }; // how dw is added up at the end
-enum { KEPT = RESIDUAL && PACK == 8 ? 2 : 4 };                 // packs of a row that 512 threads can keep
+enum { KEPT = PACK == 8 ? 2 : 4 };                             // packs of a row that a thread can keep beside its sums
 
 static __device__ unsigned blocks_done; // 0 whenever no kernel runs
 
@@ -255,7 +259,8 @@ __device__ __forceinline__ void leave_sums(const Problem& p, const float (&dw)[P
         for (int j = 0; j < PACK; j += 4)
             if (END == ATOMICS)
                 for (int i = j; i < j + 4; i++) atomicAdd(sum + c + i, dw[k][i]);
-            else pack_store(sum + c + j, Pack<float>{ dw[k][j], dw[k][j + 1], dw[k][j + 2], dw[k][j + 3] });
+            else
+                pack_store(sum + c + j, Pack<float>{ dw[k][j], dw[k][j + 1], dw[k][j + 2], dw[k][j + 3] });
     }
     if (END != LAST_BLOCK) return;
     __shared__ bool last;
@@ -278,7 +283,8 @@ __device__ __forceinline__ void leave_sums(const Problem& p, const float (&dw)[P
 }
 
 // AHEAD: the next row is loaded before this one is added up
-template <int PACKS, bool AHEAD, int END> static __global__ void __launch_bounds__(512) walk_kernel(Problem p) {
+template <int PACKS, bool AHEAD, int END>
+static __global__ void __launch_bounds__(512, 1) walk_kernel(Problem p) {
     __shared__ float sums[2][WARP];
     const int step = blockDim.x * PACK, first = threadIdx.x * PACK;
     PackX w[PACKS] = {}, x[PACKS] = {}, dy[PACKS] = {}, dres[PACKS] = {};
@@ -294,13 +300,15 @@ template <int PACKS, bool AHEAD, int END> static __global__ void __launch_bounds
         PackX next_x[PACKS] = {}, next_dy[PACKS] = {};
         float dot = 0;
         packs_forget(w);
-        if (AHEAD) load(next_x, p.x, n + gridDim.x), load(next_dy, p.dy, n + gridDim.x);
-        else load(x, p.x, n), load(dy, p.dy, n);
+        if (AHEAD)
+            load(next_x, p.x, n + gridDim.x), load(next_dy, p.dy, n + gridDim.x);
+        else
+            load(x, p.x, n), load(dy, p.dy, n);
         if (RESIDUAL) load(dres, p.dres, n);
         const float r = p.r[n];
 #pragma unroll
         for (int k = 0; k < PACKS; k++) dot += rmsnorm_dot(x[k], dy[k], w[k]);
-        const float scale = rmsnorm_block_sum(dot, sums[turn]) / p.C * r * r * r;
+        const float scale = rmsnorm_block_sum(dot, sums[turn]) * p.mean * r * r * r;
         packs_forget(x), packs_forget(dy);
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
@@ -314,7 +322,8 @@ template <int PACKS, bool AHEAD, int END> static __global__ void __launch_bounds
     leave_sums<END>(p, dw);
 }
 
-template <bool AHEAD, int END, int PACKS> static void walk(const Problem* p, int block, cudaStream_t stream) {
+template <bool AHEAD, int END, int PACKS>
+static void walk(const Problem* p, int block, cudaStream_t stream) {
     const int threads = row_threads(p->C, block, PACKS);
     with_packs<PACKS>(p->C, threads, [&](auto packs) {
         auto kernel = walk_kernel<decltype(packs)::value, AHEAD, END>;
@@ -346,13 +355,17 @@ static void partial_sums(const Problem* p, int block, cudaStream_t stream) {
 // idea    a single launch: the block that finishes last adds up the sums of all, in order
 // limit   it does so alone: 132*C floats and more through one multiprocessor, whose share of the L2 is a hundredth
 
-static void last_block(const Problem* p, int block, cudaStream_t stream) { walk<false, LAST_BLOCK, KEPT>(p, block, stream); }
+static void last_block(const Problem* p, int block, cudaStream_t stream) {
+    walk<false, LAST_BLOCK, KEPT>(p, block, stream);
+}
 
 // ---- row_ahead -------------------------------------------------------------------------------
 // idea    the next row is on its way to registers while this one is added up
 // limit   8 registers more for each pack: half the rows are too long, and one row ahead of few blocks is not much
 
-static void row_ahead(const Problem* p, int block, cudaStream_t stream) { walk<true, PARTIAL_SUMS, 2>(p, block, stream); }
+static void row_ahead(const Problem* p, int block, cudaStream_t stream) {
+    walk<true, PARTIAL_SUMS, 2>(p, block, stream);
+}
 
 static const char* keeps_two_rows(const Problem* p) {
     return rmsnorm_threads(p->C, 2) <= 512 ? NULL : "the registers of 512 threads hold no two rows";
@@ -400,7 +413,8 @@ static __global__ void __launch_bounds__(PACKS == 1 ? 1024 : 512, 1) ring_kernel
     extern __shared__ int4 shared[]; // (rows side by side, STAGES, ARRAYS, PACKS, threads of a row)
     __shared__ float sums[2][WARP];
     const int C = p.C, step = blockDim.x * PACK, first = threadIdx.x * PACK;
-    const int start = blockIdx.x * blockDim.y + threadIdx.y, apart = gridDim.x * blockDim.y; // rows start, start + apart, …
+    const int start = blockIdx.x * blockDim.y + threadIdx.y,
+              apart = gridDim.x * blockDim.y; // rows start, start + apart, …
     const int rows = start < p.N ? (p.N - start + apart - 1) / apart : 0;
     const size_t next = (size_t)apart * C;
     floatX* const ring = (floatX*)shared + threadIdx.y * STAGES * ARRAYS * PACKS * step + first;
@@ -441,13 +455,14 @@ static __global__ void __launch_bounds__(PACKS == 1 ? 1024 : 512, 1) ring_kernel
             x[k] = pack_load(place(stage, 0, k)), dy[k] = pack_load(place(stage, 1, k));
             dot += rmsnorm_dot(x[k], dy[k], w[k]);
         }
-        const float scale = row_sum(dot, sums[i % 2] + threadIdx.y * (blockDim.x / WARP)) / C * r * r * r;
+        const float scale = row_sum(dot, sums[i % 2] + threadIdx.y * (blockDim.x / WARP)) * p.mean * r * r * r;
         packs_forget(x), packs_forget(dy);
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
             if (first + k * step >= C) continue;
             PackX dres = {};
-            if (PACKS > 2) x[k] = pack_load(place(stage, 0, k)), dy[k] = pack_load(place(stage, 1, k)); // too many to keep
+            if (PACKS > 2)
+                x[k] = pack_load(place(stage, 0, k)), dy[k] = pack_load(place(stage, 1, k)); // too many to keep
             if (RESIDUAL) dres = pack_load(place(stage, 2, k));
             pack_store(p.dx + row + first + k * step, rmsnorm_dx(dw[k], x[k], dy[k], dres, w[k], r, scale));
             fetch(i + STAGES, row + STAGES * next, stage, k);
@@ -480,7 +495,7 @@ static __global__ void __launch_bounds__(PACKS == 1 ? 1024 : 512, 1) ring_kernel
 template <int END, typename Launch>
 static void ring_launch(const Problem* p, int threads, int side_by_side, Launch launch) {
     with_packs<MOST>(p->C, threads, [&](auto packs) {
-        const int64_t row = (2 + RESIDUAL) * 16 * (int64_t)decltype(packs)::value * threads * side_by_side;
+        const int64_t row = (2 + RESIDUAL) * 16 * (int64_t) decltype(packs)::value * threads * side_by_side;
         with_stages(row, [&](auto stages) {
             auto kernel = ring_kernel<decltype(packs)::value, decltype(stages)::value, END>;
             const size_t bytes = (size_t)row * decltype(stages)::value;
@@ -513,10 +528,13 @@ static const char* ring_refuses(const Problem* p) {
 // limit   the second kernel: its launch, its loads from the L2, and the first kernel's slowest block before it
 
 // rows that `block` threads take at a time: with one pack to a thread, at most 15 for the barriers
-static int rows_side_by_side(int threads, int block) { return std::max(1, std::min(block / threads, threads == WARP ? 32 : 15)); }
+static int rows_side_by_side(int threads, int block) {
+    return std::max(1, std::min(block / threads, threads == WARP ? 32 : 15));
+}
 
 static void side_by_side(const Problem* p, int block, cudaStream_t stream) {
-    const int threads = row_threads(p->C, 512, MOST), rows = rows_side_by_side(threads, p->C <= threads * PACK ? block : 512);
+    const int threads = row_threads(p->C, 512, MOST),
+              rows = rows_side_by_side(threads, p->C <= threads * PACK ? block : 512);
     ring_launch<PARTIAL_SUMS>(p, threads, rows, [&](auto kernel, int blocks, size_t bytes) {
         kernel<<<blocks, dim3(threads, rows), bytes, stream>>>(*p);
         launch_check();
@@ -530,7 +548,8 @@ static void side_by_side(const Problem* p, int block, cudaStream_t stream) {
 // limit   they must run at the same time: a cooperative launch, which waits for the whole GPU
 
 static void one_launch(const Problem* p, int block, cudaStream_t stream) {
-    const int threads = row_threads(p->C, 512, MOST), rows = rows_side_by_side(threads, p->C <= threads * PACK ? block : 512);
+    const int threads = row_threads(p->C, 512, MOST),
+              rows = rows_side_by_side(threads, p->C <= threads * PACK ? block : 512);
     ring_launch<ALL_BLOCKS>(p, threads, rows, [&](auto kernel, int blocks, size_t bytes) {
         Problem problem = *p;
         void* arguments[] = { &problem };
@@ -551,7 +570,8 @@ static __global__ void __launch_bounds__(512) early_sum_kernel(Problem p, int bl
 }
 
 static void early_sum(const Problem* p, int block, cudaStream_t stream) {
-    const int threads = row_threads(p->C, 512, MOST), rows = rows_side_by_side(threads, p->C <= threads * PACK ? block : 512);
+    const int threads = row_threads(p->C, 512, MOST),
+              rows = rows_side_by_side(threads, p->C <= threads * PACK ? block : 512);
     ring_launch<EARLY>(p, threads, rows, [&](auto kernel, int blocks, size_t bytes) {
         kernel<<<blocks, dim3(threads, rows), bytes, stream>>>(*p);
         launch_check();
@@ -565,14 +585,15 @@ static void early_sum(const Problem* p, int block, cudaStream_t stream) {
     });
 }
 
-static const char* needs_hopper(const Problem* p) { return hopper_refuses() ? hopper_refuses() : ring_refuses(p); }
+static const char* early_refuses(const Problem* p) { return hopper_refuses() ? hopper_refuses() : ring_refuses(p); }
 
 // ---- producer_warp ---------------------------------------------------------------------------
 // idea    a warp that does nothing else keeps the ring full, three bulk copies (cp.async.bulk) to a row; the others wait at
 //         barriers that count bytes, and say by arriving at another that a stage is free, which is when it is in registers
 // limit   a stage is free only as a whole: where a row leaves room for one, nothing is under way while it is worked on
 
-template <int PACKS> static __global__ void __launch_bounds__(544, 1) producer_warp_kernel(Problem p, int stages) {
+template <int PACKS>
+static __global__ void __launch_bounds__(544, 1) producer_warp_kernel(Problem p, int stages) {
 #ifdef HOPPER_CODE
     enum { ARRAYS = 2 + RESIDUAL, ONCE = PACKS <= 2 }; // ONCE: the row goes to registers, else it is read twice
     extern __shared__ int4 shared[];                   // (stages, ARRAYS, C), then two barriers for each stage
@@ -634,7 +655,7 @@ template <int PACKS> static __global__ void __launch_bounds__(544, 1) producer_w
         dot = warp_sum(dot);
         if (lane == 0) sums[i % 2][warp] = dot;
         barrier_sync(1, threads);
-        const float scale = warp_sum(lane < warps ? sums[i % 2][lane] : 0) / C * r * r * r;
+        const float scale = warp_sum(lane < warps ? sums[i % 2][lane] : 0) * p.mean * r * r * r;
         packs_forget(x), packs_forget(dy);
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
@@ -659,10 +680,10 @@ template <int PACKS> static __global__ void __launch_bounds__(544, 1) producer_w
 }
 
 static void producer_warp(const Problem* p, int block, cudaStream_t stream) {
-    const int threads = row_threads(p->C, block, MOST);
+    const int threads = row_threads(p->C, block, 4);
     const int64_t row = (2 + RESIDUAL) * (int64_t)p->C * sizeof(floatX) + 16;
     const int stages = (int)std::min<int64_t>(3, most_shared() / row);
-    with_packs<MOST>(p->C, threads, [&](auto packs) {
+    with_packs<4>(p->C, threads, [&](auto packs) {
         auto kernel = producer_warp_kernel<decltype(packs)::value>;
         launch_require(rmsnorm_shared(kernel, stages * row), "producer_warp", "a row fits a block");
         const int blocks = walking_blocks(p, kernel, threads + WARP, stages * row);
@@ -670,6 +691,11 @@ static void producer_warp(const Problem* p, int block, cudaStream_t stream) {
         launch_check();
         add_sums(p, blocks, stream);
     });
+}
+
+static const char* producer_refuses(const Problem* p) {
+    if (hopper_refuses()) return hopper_refuses();
+    return rmsnorm_threads(p->C, 4) <= 512 ? NULL : "512 threads of 4 packs hold no row";
 }
 
 // ---- cluster ---------------------------------------------------------------------------------
@@ -680,14 +706,16 @@ static void producer_warp(const Problem* p, int block, cudaStream_t stream) {
 
 enum { CLUSTER = 2 };
 
-template <int PACKS, int STAGES> static __global__ void __launch_bounds__(512, 1) cluster_kernel(Problem p, int columns) {
+template <int PACKS, int STAGES>
+static __global__ void __launch_bounds__(512, 1) cluster_kernel(Problem p, int columns) {
 #ifdef HOPPER_CODE
     enum { ARRAYS = 2 + RESIDUAL };
     extern __shared__ int4 shared[];          // (STAGES, ARRAYS, PACKS, threads)
     __shared__ float sums[2][CLUSTER * WARP]; // of the warps of all blocks of the cluster
     const auto cluster = cooperative_groups::this_cluster();
     const int rank = cluster_rank(), warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int step = blockDim.x * PACK, first = rank * columns + threadIdx.x * PACK, last = min(p.C, (rank + 1) * columns);
+    const int step = blockDim.x * PACK, first = rank * columns + threadIdx.x * PACK,
+              last = min(p.C, (rank + 1) * columns);
     const int start = blockIdx.x / CLUSTER, apart = gridDim.x / CLUSTER, rows = (p.N - start + apart - 1) / apart;
     const size_t next = (size_t)apart * p.C;
     floatX* const ring = (floatX*)shared + threadIdx.x * PACK;
@@ -730,7 +758,8 @@ template <int PACKS, int STAGES> static __global__ void __launch_bounds__(512, 1
         if (lane < CLUSTER) *cluster.map_shared_rank(&sums[i % 2][rank * warps + warp], lane) = dot;
         __syncwarp();
         cluster_sync();
-        const float total = warp_sum(lane < CLUSTER * warps ? sums[i % 2][lane] : 0), scale = total / p.C * r * r * r;
+        const float total = warp_sum(lane < CLUSTER * warps ? sums[i % 2][lane] : 0),
+                    scale = total * p.mean * r * r * r;
         packs_forget(x), packs_forget(dy);
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
@@ -755,7 +784,7 @@ template <int PACKS, int STAGES> static __global__ void __launch_bounds__(512, 1
 static void cluster(const Problem* p, int block, cudaStream_t stream) {
     const int columns = (int)ceil_div(p->C / PACK, CLUSTER) * PACK, threads = row_threads(columns, block, MOST);
     with_packs<MOST>(columns, threads, [&](auto packs) {
-        const int64_t row = (2 + RESIDUAL) * 16 * (int64_t)decltype(packs)::value * threads;
+        const int64_t row = (2 + RESIDUAL) * 16 * (int64_t) decltype(packs)::value * threads;
         with_stages(row, [&](auto stages) {
             auto kernel = cluster_kernel<decltype(packs)::value, decltype(stages)::value>;
             const size_t bytes = (size_t)row * decltype(stages)::value;
@@ -801,8 +830,8 @@ static const Variant<Problem> variants[] = {
     { "ring",             ring,             { 128, 256, 512, 1024 },"partial_sums, rows in a ring in shared memory, refilled as it is read", ring_refuses },
     { "side_by_side",     side_by_side,     { 512, 1024 },          "ring, several rows at a time in one block to a multiprocessor", ring_refuses },
     { "one_launch",       one_launch,       { 512, 1024 },          "side_by_side, a barrier of the grid in place of the second kernel", ring_refuses },
-    { "early_sum",        early_sum,        { 512, 1024 },          "side_by_side, the second kernel launched early", needs_hopper },
-    { "producer_warp",    producer_warp,    { 128, 256, 512 },      "ring by bulk copies, which a warp of its own asks for", needs_hopper },
+    { "early_sum",        early_sum,        { 512, 1024 },          "side_by_side, the second kernel launched early", early_refuses },
+    { "producer_warp",    producer_warp,    { 128, 256, 512 },      "ring by bulk copies, which a warp of its own asks for", producer_refuses },
     { "cluster",          cluster,          { 128, 256, 512 },      "ring, half a row to each of two blocks that form a cluster", cluster_refuses },
     { "production",       production,       { 0 },                  "llmc/rmsnorm.h: one pack a thread, a ring of 3 rows, a second kernel" },
 };

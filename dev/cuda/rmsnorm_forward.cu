@@ -51,13 +51,13 @@ struct Problem {
     int N, C;
     const floatX *a, *b, *w;
     floatX *sum, *y;
-    float* r;
+    float *r, mean; // mean: 1 / C
 };
 
 static Problem setup(Bench* b, const Shape* s) {
     const size_t n = (size_t)s->N * s->C;
     Problem p = {};
-    p.N = s->N, p.C = s->C;
+    p.N = s->N, p.C = s->C, p.mean = 1.0f / s->C;
     p.a = b->input<floatX>(RESIDUAL ? "a" : "x", n, 2, 0.5f);
     if (RESIDUAL) p.b = b->input<floatX>("b", n);
     p.w = b->input<floatX>("w", s->C, 0.3f, 1);
@@ -93,8 +93,10 @@ static double flops(const Problem*) { return 0; }
 // ---- production ------------------------------------------------------------------------------
 
 static void production(const Problem* p, int, cudaStream_t stream) {
-    if (RESIDUAL) residual_rmsnorm_forward(p->sum, p->y, p->r, p->a, p->b, p->w, p->N, p->C, EPS, stream);
-    else rmsnorm_forward(p->y, p->r, p->a, p->w, p->N, p->C, EPS, stream);
+    if (RESIDUAL)
+        residual_rmsnorm_forward(p->sum, p->y, p->r, p->a, p->b, p->w, p->N, p->C, EPS, stream);
+    else
+        rmsnorm_forward(p->y, p->r, p->a, p->w, p->N, p->C, EPS, stream);
 }
 
 #ifdef RMSNORM_RESIDUAL
@@ -121,7 +123,8 @@ static void two_kernels(const Problem* p, int block, cudaStream_t stream) {
 //         to a multiprocessor
 
 // row n by those who call with `first` of their own and the same `step`; total adds up over them
-template <typename Total> __device__ __forceinline__ void by_numbers(const Problem& p, int n, int first, int step, Total total) {
+template <typename Total>
+__device__ __forceinline__ void by_numbers(const Problem& p, int n, int first, int step, Total total) {
     const size_t row = (size_t)n * p.C;
     float squares = 0;
     for (int c = first; c < p.C; c += step) {
@@ -129,7 +132,7 @@ template <typename Total> __device__ __forceinline__ void by_numbers(const Probl
         if (RESIDUAL) p.sum[row + c] = x = from_float<floatX>(to_float(x) + to_float(p.b[row + c]));
         squares += to_float(x) * to_float(x);
     }
-    const float r = rsqrtf(total(squares) / p.C + EPS);
+    const float r = rsqrtf(total(squares) * p.mean + EPS);
     if (first == 0) p.r[n] = r;
     const floatX* x = RESIDUAL ? p.sum : p.a;
     for (int c = first; c < p.C; c += step)
@@ -198,7 +201,7 @@ static __global__ void loads_of_16_bytes_kernel(Problem p) {
         }
         squares += rmsnorm_squares(x);
     }
-    const float r = rsqrtf(warp_sum(squares) / p.C + EPS);
+    const float r = rsqrtf(warp_sum(squares) * p.mean + EPS);
     if (first == 0) p.r[n] = r;
     const floatX* x = RESIDUAL ? p.sum : p.a;
 #pragma unroll 4
@@ -236,7 +239,7 @@ static __global__ void __launch_bounds__(1024) rows_in_shared_kernel(Problem p) 
         pack_store(x + c, v);
         squares += rmsnorm_squares(v);
     }
-    const float r = rsqrtf(warp_sum(squares) / p.C + EPS);
+    const float r = rsqrtf(warp_sum(squares) * p.mean + EPS);
     if (first == 0) p.r[n] = r;
 #pragma unroll 4
     for (int c = first; c < p.C; c += step)
@@ -258,7 +261,8 @@ static void rows_in_shared(const Problem* p, int block, cudaStream_t stream) {
 // limit   the registers: a thread of 8 packs has 32 of them waiting, and as many threads fewer fit a multiprocessor. What a
 //         block has under way ends with its row; the next block begins from nothing
 
-template <int PACKS, bool ONCE> static __global__ void __launch_bounds__(512) row_in_registers_kernel(Problem p) {
+template <int PACKS, bool ONCE>
+static __global__ void __launch_bounds__(512) row_in_registers_kernel(Problem p) {
     const size_t row = (size_t)blockIdx.x * p.C;
     const int step = blockDim.x * PACK, first = threadIdx.x * PACK;
     PackX x[PACKS] = {}, add[PACKS];
@@ -274,11 +278,12 @@ template <int PACKS, bool ONCE> static __global__ void __launch_bounds__(512) ro
     for (int k = 0; k < PACKS; k++) {
         if (RESIDUAL && first + k * step < p.C) {
             x[k] = rmsnorm_add(x[k], add[k]);
-            ONCE ? pack_store_once(p.sum + row + first + k * step, x[k]) : pack_store(p.sum + row + first + k * step, x[k]);
+            ONCE ? pack_store_once(p.sum + row + first + k * step, x[k])
+                 : pack_store(p.sum + row + first + k * step, x[k]);
         }
         squares += rmsnorm_squares(x[k]);
     }
-    const float r = rsqrtf(block_sum(squares) / p.C + EPS);
+    const float r = rsqrtf(block_sum(squares) * p.mean + EPS);
     if (first == 0) p.r[blockIdx.x] = r;
     packs_forget(x);
 #pragma unroll
@@ -290,7 +295,8 @@ template <int PACKS, bool ONCE> static __global__ void __launch_bounds__(512) ro
     }
 }
 
-template <bool ONCE> static void row_in_registers_any(const Problem* p, int block, cudaStream_t stream) {
+template <bool ONCE>
+static void row_in_registers_any(const Problem* p, int block, cudaStream_t stream) {
     const int threads = row_threads(p->C, block, 8);
     with_packs<8>(p->C, threads, [&](auto packs) {
         row_in_registers_kernel<decltype(packs)::value, ONCE><<<(unsigned)p->N, threads, 0, stream>>>(*p);
@@ -322,7 +328,8 @@ static void marked_as_once(const Problem* p, int block, cudaStream_t stream) {
 // limit   a block works on one row at a time, with a barrier in the middle: between rows it is the other blocks of the
 //         multiprocessor that keep memory busy, and long rows leave room for one
 
-template <int PACKS, int STAGES> static __global__ void __launch_bounds__(512) ring_kernel(Problem p) {
+template <int PACKS, int STAGES>
+static __global__ void __launch_bounds__(512) ring_kernel(Problem p) {
     enum { ARRAYS = RESIDUAL ? 2 : 1 };
     extern __shared__ int4 shared[]; // (STAGES, ARRAYS, PACKS, threads)
     __shared__ float sums[2][WARP];
@@ -367,7 +374,7 @@ template <int PACKS, int STAGES> static __global__ void __launch_bounds__(512) r
             }
             squares += rmsnorm_squares(x[k]);
         }
-        const float r = rsqrtf(rmsnorm_block_sum(squares, sums[i % 2]) / p.C + EPS);
+        const float r = rsqrtf(rmsnorm_block_sum(squares, sums[i % 2]) * p.mean + EPS);
         packs_forget(x);
         if (first == 0) p.r[n + i * gridDim.x] = r;
 #pragma unroll
@@ -384,13 +391,13 @@ template <int PACKS, int STAGES> static __global__ void __launch_bounds__(512) r
 static void ring(const Problem* p, int block, cudaStream_t stream) {
     const int threads = row_threads(p->C, block, 8);
     with_packs<8>(p->C, threads, [&](auto packs) {
-        const int64_t row = (RESIDUAL ? 2 : 1) * 16 * (int64_t)decltype(packs)::value * threads;
+        const int64_t row = (RESIDUAL ? 2 : 1) * 16 * (int64_t) decltype(packs)::value * threads;
         with_stages(row, [&](auto stages) {
             auto kernel = ring_kernel<decltype(packs)::value, decltype(stages)::value>;
             const size_t bytes = (size_t)row * decltype(stages)::value;
             launch_require(rmsnorm_shared(kernel, (int64_t)bytes), "ring", "a row fits a block");
-            const int blocks = resident_blocks(kernel, threads, bytes);
-            kernel<<<blocks < p->N ? blocks : p->N, threads, bytes, stream>>>(*p);
+            const int blocks = std::min(resident_blocks(kernel, threads, bytes), p->N);
+            kernel<<<blocks, threads, bytes, stream>>>(*p);
             launch_check();
         });
     });
@@ -429,7 +436,7 @@ static __global__ void __launch_bounds__(1024) bulk_copy_kernel(Problem p) {
         }
         squares += rmsnorm_squares(v);
     }
-    const float r = rsqrtf(block_sum(squares) / p.C + EPS);
+    const float r = rsqrtf(block_sum(squares) * p.mean + EPS);
     if (first == 0) p.r[blockIdx.x] = r;
 #pragma unroll 4
     for (int c = first; c < p.C; c += step)
@@ -453,7 +460,8 @@ static const char* needs_hopper(const Problem*) { return hopper_refuses(); }
 //         else, and its threads never wait for a store. One barrier to a row, in the sum
 // limit   y passes through shared memory, and a place is free only once its store has been read from it
 
-template <int PACKS, int STAGES> static __global__ void __launch_bounds__(512) bulk_rings_kernel(Problem p) {
+template <int PACKS, int STAGES>
+static __global__ void __launch_bounds__(512) bulk_rings_kernel(Problem p) {
 #ifdef HOPPER_CODE
     enum { ARRAYS = RESIDUAL ? 2 : 1, PART = WARP * PACKS * PACK }; // a warp's columns: PART neighbours
     extern __shared__ int4 shared[];                                // (warps, STAGES, ARRAYS, PART)
@@ -465,7 +473,9 @@ template <int PACKS, int STAGES> static __global__ void __launch_bounds__(512) b
     const int rows = (p.N - n + (int)gridDim.x - 1) / (int)gridDim.x;
     floatX* const ring = (floatX*)shared + (size_t)warp * STAGES * ARRAYS * PART;
 
-    auto at = [&](int i) { return (size_t)(n + (size_t)i * gridDim.x) * p.C + start; }; // the columns of row i of the block
+    auto at = [&](int i) {
+        return (size_t)(n + (size_t)i * gridDim.x) * p.C + start;
+    }; // the columns of row i of the block
     auto fetch = [&](int i) {
         if (i >= rows || !bytes) return;
         const int stage = i % STAGES;
@@ -507,7 +517,7 @@ template <int PACKS, int STAGES> static __global__ void __launch_bounds__(512) b
             }
             squares += rmsnorm_squares(x[k]);
         }
-        const float r = rsqrtf(rmsnorm_block_sum(squares, sums[i % 2]) / p.C + EPS);
+        const float r = rsqrtf(rmsnorm_block_sum(squares, sums[i % 2]) * p.mean + EPS);
         packs_forget(x);
         if (threadIdx.x == 0) p.r[n + (size_t)i * gridDim.x] = r;
 #pragma unroll
@@ -530,16 +540,18 @@ template <int PACKS, int STAGES> static __global__ void __launch_bounds__(512) b
 static void bulk_rings(const Problem* p, int block, cudaStream_t stream) {
     const int threads = row_threads(p->C, block, 8);
     with_packs<8>(p->C, threads, [&](auto packs) {
-        const int64_t row = (RESIDUAL ? 2 : 1) * 16 * (int64_t)decltype(packs)::value * threads;
+        const int64_t row = (RESIDUAL ? 2 : 1) * 16 * (int64_t) decltype(packs)::value * threads;
         auto launch = [&](auto kernel, int stages) {
             const size_t bytes = (size_t)stages * row;
             launch_require(rmsnorm_shared(kernel, (int64_t)bytes), "bulk_rings", "3 rows fit a block");
-            const int blocks = resident_blocks(kernel, threads, bytes);
-            kernel<<<blocks < p->N ? blocks : p->N, threads, bytes, stream>>>(*p);
+            const int blocks = std::min(resident_blocks(kernel, threads, bytes), p->N);
+            kernel<<<blocks, threads, bytes, stream>>>(*p);
             launch_check();
         };
-        if (4 * row <= most_shared()) launch(bulk_rings_kernel<decltype(packs)::value, 4>, 4);
-        else launch(bulk_rings_kernel<decltype(packs)::value, 3>, 3);
+        if (4 * row <= most_shared())
+            launch(bulk_rings_kernel<decltype(packs)::value, 4>, 4);
+        else
+            launch(bulk_rings_kernel<decltype(packs)::value, 3>, 3);
     });
 }
 

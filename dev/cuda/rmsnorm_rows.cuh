@@ -9,7 +9,8 @@ What the RMSNorm files share: how many threads take a row, and how many packs of
 
 // Hides from the compiler that packs do not change in a loop: else it makes floats of them before it, and they take twice the
 // registers in bf16
-template <int PACKS> __device__ __forceinline__ void packs_forget(PackX (&x)[PACKS]) {
+template <int PACKS>
+__device__ __forceinline__ void packs_forget(PackX (&x)[PACKS]) {
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
         int4 bits;
@@ -28,7 +29,8 @@ static inline int row_threads(int C, int block, int most) {
 }
 
 // calls f with 1, 2, 4 or 8, MOST at most, as a type: the fewest packs for each of `threads` threads to hold a row
-template <int MOST, typename F> static void with_packs(int C, int threads, F f) {
+template <int MOST, typename F>
+static void with_packs(int C, int threads, F f) {
     const int64_t packs = ceil_div(C / PACK, threads);
     launch_require(packs <= MOST, "with_packs", "threads of so many packs hold a row");
     if (packs <= 1) return f(std::integral_constant<int, 1>());
@@ -47,14 +49,19 @@ static inline int64_t most_shared(void) {
 }
 
 // calls f with how many stages of so many bytes a block may have, 3 at most, as a type
-template <typename F> static void with_stages(int64_t bytes, F f) {
-    if (3 * bytes <= most_shared()) f(std::integral_constant<int, 3>());
-    else if (2 * bytes <= most_shared()) f(std::integral_constant<int, 2>());
-    else f(std::integral_constant<int, 1>());
+template <typename F>
+static void with_stages(int64_t bytes, F f) {
+    if (3 * bytes <= most_shared())
+        f(std::integral_constant<int, 3>());
+    else if (2 * bytes <= most_shared())
+        f(std::integral_constant<int, 2>());
+    else
+        f(std::integral_constant<int, 1>());
 }
 
 // blocks of this kernel that the GPU runs at a time
-template <typename Kernel> static int resident_blocks(Kernel kernel, int threads, size_t shared) {
+template <typename Kernel>
+static int resident_blocks(Kernel kernel, int threads, size_t shared) {
     int blocks;
     cuda_check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared));
     return blocks * gpu_processors();
