@@ -28,6 +28,7 @@ struct Problem {
     int32_t* owners;                 // (V), of atomics
     float* parts;                    // (2 * tiles, C): see tiles
     int32_t *list, *sorted, *places; // (N) each: see buckets
+    int32_t* rests;                  // (N): see pieces
 };
 
 enum { TILE = 32, TILE_LEAST = 8 }; // rows of dx in their new order that one warp sums
@@ -64,6 +65,7 @@ static Problem setup(Bench* b, const Shape* s) {
     p.parts = b->scratch<float>(2 * (size_t)ceil_div(p.N, TILE_LEAST) * p.C);
     p.list = b->scratch<int32_t>((size_t)p.N);
     p.sorted = b->scratch<int32_t>((size_t)p.N), p.places = b->scratch<int32_t>((size_t)p.N);
+    p.rests = b->scratch<int32_t>((size_t)p.N);
     return p;
 }
 
@@ -216,7 +218,7 @@ static __global__ void __launch_bounds__(TILE_THREADS, 4)
     tiles_kernel(floatX* dw, float* parts, const floatX* __restrict__ dx, const int32_t* ids, const int32_t* places,
                  int rows, int N, int C) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); // see buckets_early
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); // see pieces_early
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
     const int lane = threadIdx.x % WARP, slices = (C + WARP * PACK - 1) / (WARP * PACK);
@@ -338,16 +340,18 @@ static void tiles(const Problem* p, int rows, cudaStream_t stream) {
 //         that lie in L2, and takes those that leave its number as the rest of a division by 128. How many leave a lower one
 //         it counts on the way: there its part of the order begins. Within the part it counts each id, and a warp gives the
 //         tokens their places, in their old order
-// limit   three launches of a few microseconds each, in which little else happens
+// limit   a warp walks through rows of which it takes 512 bytes, and 32 of those one after another
 
-enum { BUCKETS = 128, BUCKET_THREADS = 1024, BUCKET_LIST = 4096, BUCKET_AT_ONCE = 4 };
+enum { BUCKETS = 128, BUCKET_THREADS = 1024, BUCKET_LIST = 4096, BUCKET_HELD = 16, BUCKET_AT_ONCE = 4, PIECE = 32 };
 
-// Block b sorts the tokens whose id leaves the rest b: sorted (N) are the ids, places (N) where each stood. list (N) is used
-// when a bucket has more tokens than fit in shared memory
+// Block b sorts the tokens whose id leaves the rest b: sorted (N) are the ids, places (N) where each stood. rests (N): of each
+// PIECE-th token of an id the number of those that follow, itself counted, negative where the id has more than PIECE tokens;
+// 0 of the others. list (N) is used when a bucket has more tokens than fit in shared memory
 static __global__ void __launch_bounds__(BUCKET_THREADS)
-    buckets_kernel(int32_t* sorted, int32_t* places, int32_t* list, const int32_t* __restrict__ ids, int N, int V) {
+    buckets_kernel(int32_t* sorted, int32_t* places, int32_t* rests, int32_t* list, const int32_t* __restrict__ ids,
+                   int N, int V) {
     enum { WARPS = BUCKET_THREADS / WARP };
-    extern __shared__ int counts[]; // of each id of the bucket; then where the next token with that id goes
+    extern __shared__ int counters[];
     __shared__ int found[WARPS], lower[WARPS], totals[WARPS];
     __shared__ int32_t near[BUCKET_LIST];
 #if __CUDA_ARCH__ >= 900
@@ -355,17 +359,26 @@ static __global__ void __launch_bounds__(BUCKET_THREADS)
 #endif
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, bucket = blockIdx.x;
     const int kinds = (V + BUCKETS - 1) / BUCKETS;
+    int *next = counters,
+        *begin = counters + kinds; // of each id of the bucket: where its next token goes; where its run begins
     const unsigned below = (1u << lane) - 1;
-    // a warp looks through a stretch of its own
+    // a warp looks through a stretch of its own, and keeps the first ids of it
     const int stretch = (N + BUCKET_THREADS - 1) / BUCKET_THREADS * WARP, start = warp * stretch;
     const int end = min(start + stretch, N);
+    int32_t held[BUCKET_HELD];
+#pragma unroll
+    for (int i = 0; i < BUCKET_HELD; i++) held[i] = start + i * WARP + lane < end ? ids[start + i * WARP + lane] : -1;
+    for (int i = threadIdx.x; i < kinds; i += BUCKET_THREADS) next[i] = 0;
     int mine = 0, less = 0;
-#pragma unroll 8
-    for (int n = start + lane; n < end; n += WARP) {
-        const int rest = (int)((unsigned)ids[n] % BUCKETS);
+#pragma unroll
+    for (int i = 0; i < BUCKET_HELD; i++) {
+        const int rest = held[i] % BUCKETS; // of -1 it is -1
+        mine += rest == bucket, less += (unsigned)rest < (unsigned)bucket;
+    }
+    for (int n = start + BUCKET_HELD * WARP + lane; n < end; n += WARP) {
+        const int rest = ids[n] % BUCKETS;
         mine += rest == bucket, less += rest < bucket;
     }
-    for (int i = threadIdx.x; i < kinds; i += BUCKET_THREADS) counts[i] = 0;
     mine = __reduce_add_sync(0xffffffffu, mine), less = __reduce_add_sync(0xffffffffu, less);
     if (lane == 0) found[warp] = mine, lower[warp] = less;
     __syncthreads();
@@ -373,21 +386,22 @@ static __global__ void __launch_bounds__(BUCKET_THREADS)
     const int first = __reduce_add_sync(0xffffffffu, lower[lane]);  // before them in the new order
     int at = __reduce_add_sync(0xffffffffu, lane < warp ? found[lane] : 0);
     int32_t* tokens = number <= BUCKET_LIST ? near : list + first;
-#pragma unroll 4
-    for (int n = start; n < end; n += WARP) {
-        const int id = n + lane < end ? ids[n + lane] : -1;
-        const bool here = id >= 0 && (int)((unsigned)id % BUCKETS) == bucket;
+    const auto keep = [&](int n, int id) {
+        const bool here = id % BUCKETS == bucket;
         const unsigned mask = __ballot_sync(0xffffffffu, here);
         if (here) {
-            tokens[at + __popc(mask & below)] = n + lane;
-            atomicAdd(&counts[(unsigned)id / BUCKETS], 1);
+            tokens[at + __popc(mask & below)] = n;
+            atomicAdd(&next[id / BUCKETS], 1);
         }
         at += __popc(mask);
-    }
+    };
+#pragma unroll
+    for (int i = 0; i < BUCKET_HELD; i++) keep(start + i * WARP + lane, held[i]);
+    for (int n = start + BUCKET_HELD * WARP; n < end; n += WARP) keep(n + lane, n + lane < end ? ids[n + lane] : -1);
     __syncthreads();
-    // counts become sums of those before
+    // the counts become sums of those before
     for (int from = 0, base = 0; from < kinds; from += BUCKET_THREADS) {
-        const int i = from + threadIdx.x, count = i < kinds ? counts[i] : 0;
+        const int i = from + threadIdx.x, count = i < kinds ? next[i] : 0;
         int sum = count;
         for (int offset = 1; offset < WARP; offset *= 2) {
             const int other = __shfl_up_sync(0xffffffffu, sum, offset);
@@ -398,16 +412,18 @@ static __global__ void __launch_bounds__(BUCKET_THREADS)
         const int total = totals[lane];
         sum += base + __reduce_add_sync(0xffffffffu, lane < warp ? total : 0);
         base += __reduce_add_sync(0xffffffffu, total);
-        if (i < kinds) counts[i] = sum - count;
+        if (i < kinds) next[i] = begin[i] = sum - count;
         __syncthreads();
     }
+    if (threadIdx.x == 0) begin[kinds] = number;
     if (warp) return;
-    for (int start = 0; start < number; start += BUCKET_AT_ONCE * WARP) {
+    __syncwarp();
+    for (int from = 0; from < number; from += BUCKET_AT_ONCE * WARP) {
         int token[BUCKET_AT_ONCE], id[BUCKET_AT_ONCE];
         unsigned same[BUCKET_AT_ONCE];
 #pragma unroll
         for (int i = 0; i < BUCKET_AT_ONCE; i++) {
-            const int n = start + i * WARP + lane;
+            const int n = from + i * WARP + lane;
             token[i] = n < number ? tokens[n] : -1;
         }
 #pragma unroll
@@ -416,39 +432,166 @@ static __global__ void __launch_bounds__(BUCKET_THREADS)
         for (int i = 0; i < BUCKET_AT_ONCE; i++) same[i] = __match_any_sync(0xffffffffu, id[i]);
 #pragma unroll
         for (int i = 0; i < BUCKET_AT_ONCE; i++) {
-            const int kind = (int)((unsigned)id[i] / BUCKETS), place = id[i] < 0 ? 0 : counts[kind];
+            const int kind = id[i] < 0 ? 0 : id[i] / BUCKETS, place = next[kind];
             __syncwarp();
             if (id[i] >= 0) {
-                const int to = first + place + __popc(same[i] & below);
-                sorted[to] = id[i], places[to] = token[i];
-                if (!(same[i] & below)) counts[kind] = place + __popc(same[i]);
+                const int to = place + __popc(same[i] & below), run = begin[kind], length = begin[kind + 1] - run;
+                const int left = (to - run) % PIECE ? 0 : length - (to - run);
+                sorted[first + to] = id[i], places[first + to] = token[i];
+                rests[first + to] = length > PIECE ? -left : left;
+                if (!(same[i] & below)) next[kind] = place + __popc(same[i]);
             }
             __syncwarp();
         }
     }
 }
 
-static void buckets_launch(const Problem* p, int rows, bool early, cudaStream_t stream) {
-    const size_t bytes = (size_t)ceil_div(p->V, BUCKETS) * sizeof(int);
-    buckets_kernel<<<BUCKETS, BUCKET_THREADS, bytes, stream>>>(p->sorted, p->places, p->list, p->ids, p->N, p->V);
+static void buckets_sort(const Problem* p, cudaStream_t stream) {
+    const size_t bytes = (2 * (size_t)ceil_div(p->V, BUCKETS) + 1) * sizeof(int);
+    buckets_kernel<<<BUCKETS, BUCKET_THREADS, bytes, stream>>>(p->sorted, p->places, p->rests, p->list, p->ids, p->N,
+                                                               p->V);
     launch_check();
-    tiles_launch(p, p->sorted, p->places, rows, early, stream);
 }
 
-static void buckets(const Problem* p, int rows, cudaStream_t stream) { buckets_launch(p, rows, false, stream); }
+static void buckets(const Problem* p, int rows, cudaStream_t stream) {
+    buckets_sort(p, stream);
+    tiles_launch(p, p->sorted, p->places, rows, false, stream);
+}
 
 static const char* buckets_refuses(const Problem* p) {
-    return p->V > 7000 * BUCKETS ? "the counts of a bucket do not fit in shared memory" : NULL;
+    return p->V > 3500 * BUCKETS ? "the counts of a bucket do not fit in shared memory" : NULL;
 }
 
-// ---- buckets_early ---------------------------------------------------------------------------
+// ---- pieces ----------------------------------------------------------------------------------
+// idea    the order comes with what a look-up was for: how many rows the run has that begins here. Whole rows again, 256 threads
+//         for each, so that its bytes are asked for together; blocks that stay, and know what comes next before they have
+//         done what is now. A piece of a run is 32 rows at most; only runs of several pieces need the second kernel, which
+//         has 1024 threads for them, a quarter of the pieces each
+// limit   three launches of a few microseconds each, in which little else happens
+
+enum { PIECE_THREADS = 256, PIECE_AHEAD = 4, SEAM_GROUPS = 4 };
+
+// where the sum of a piece lies whose run has several; `first`: it is the first of them. Pieces of one run begin PIECE apart,
+// and so do runs that have several: no two share a place
+__device__ __forceinline__ float* piece_sum(float* parts, int start, bool first, int C) {
+    return parts + (size_t)(start / PIECE * 2 + first) * C;
+}
+
+// block (i, j): pieces that begin at i, i + blocks …, in the columns of slice j. Not __restrict__: see tiles_kernel
+static __global__ void __launch_bounds__(PIECE_THREADS, 5)
+    pieces_kernel(floatX* dw, float* parts, const floatX* __restrict__ dx, const int32_t* ids, const int32_t* places,
+                  const int32_t* rests, int N, int C) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    const int c = (blockIdx.y * PIECE_THREADS + threadIdx.x) * PACK, blocks = gridDim.x, lane = threadIdx.x % WARP;
+    const bool inside = c < C;
+    int start = blockIdx.x, rest = rests[start], id = ids[start], place = places[start];
+    for (; start < N;) {
+        const int next = start + blocks, known = min(next, N - 1);
+        const int next_rest = rests[known], next_id = ids[known], next_place = places[known];
+        const int count = min(abs(rest), PIECE);
+        if (rest) {
+            float sum[PACK] = { 0 };
+            int4 w = {}, d = {};
+            if (rest > 0 && inside) w = *(const int4*)(dw + (size_t)id * C + c);
+            if (inside) d = __ldcs((const int4*)(dx + (size_t)place * C + c));
+            const int row = lane < count ? places[start + lane] : 0;
+            for (int j = 1; j < count; j += PIECE_AHEAD) {
+                int4 more[PIECE_AHEAD];
+#pragma unroll
+                for (int i = 0; i < PIECE_AHEAD; i++) {
+                    const int n = __shfl_sync(0xffffffffu, row, (j + i) % WARP);
+                    more[i] = int4{};
+                    if (j + i < count && inside) more[i] = __ldcs((const int4*)(dx + (size_t)n * C + c));
+                }
+                tile_add(sum, d);
+                d = int4{};
+#pragma unroll
+                for (int i = 0; i < PIECE_AHEAD; i++) tile_add(sum, more[i]);
+            }
+            tile_add(sum, d);
+            if (rest > 0 && inside) {
+                PackX whole;
+                tile_add(sum, w);
+                for (int k = 0; k < PACK; k++) whole.set(k, sum[k]);
+                pack_store(dw + (size_t)id * C + c, whole);
+            } else if (inside) {
+                tile_leave(piece_sum(parts, start, start == 0 || ids[start - 1] != id, C) + c, sum);
+            }
+        }
+        start = next, rest = next_rest, id = next_id, place = next_place;
+    }
+}
+
+// Block (i, j): the run of several pieces that begins among places 32 * i and on, if there is one, in the columns of slice j.
+// A group of threads adds the sums of every 4th piece; the groups' sums are added in their order
+static __global__ void __launch_bounds__(SEAM_GROUPS* PIECE_THREADS)
+    piece_seams_kernel(floatX* dw, float* parts, const int32_t* ids, const int32_t* rests, int N, int C) {
+    __shared__ float sums[SEAM_GROUPS][PACK][PIECE_THREADS];
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    const int lane = threadIdx.x % WARP, group = threadIdx.x / PIECE_THREADS, thread = threadIdx.x % PIECE_THREADS;
+    const int place = blockIdx.x * PIECE + lane, c = (blockIdx.y * PIECE_THREADS + thread) * PACK;
+    const int rest = place < N ? rests[place] : 0;
+    const unsigned mask = __ballot_sync(0xffffffffu, rest < 0 && (place == 0 || ids[place - 1] != ids[place]));
+    if (!mask) return;
+    const int start = blockIdx.x * PIECE + __ffs((int)mask) - 1, id = ids[start],
+              pieces = (PIECE - 1 - rests[start]) / PIECE;
+    float sum[PACK] = { 0 };
+#pragma unroll 4
+    for (int i = group; i < pieces; i += SEAM_GROUPS) {
+        const float* part = piece_sum(parts, start + i * PIECE, i == 0, C) + c;
+        for (int k = 0; k < PACK && c < C; k += 4) {
+            const float4 x = *(const float4*)(part + k);
+            sum[k] += x.x, sum[k + 1] += x.y, sum[k + 2] += x.z, sum[k + 3] += x.w;
+        }
+    }
+    for (int k = 0; k < PACK; k++) sums[group][k][thread] = sum[k];
+    __syncthreads();
+    if (group || c >= C) return;
+    PackX w = pack_load(dw + (size_t)id * C + c);
+    for (int i = 1; i < SEAM_GROUPS; i++)
+        for (int k = 0; k < PACK; k++) sum[k] += sums[i][k][thread];
+    for (int k = 0; k < PACK; k++) w.set(k, w.get(k) + sum[k]);
+    pack_store(dw + (size_t)id * C + c, w);
+}
+
+// early: a kernel starts while the one before it ends
+static void pieces_launch(const Problem* p, int share, bool early, cudaStream_t stream) {
+    const unsigned slices = (unsigned)ceil_div(p->C, PIECE_THREADS * PACK), most = (unsigned)(share * gpu_processors());
+    cudaLaunchAttribute overlap;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(std::min((unsigned)p->N, (unsigned)ceil_div(most, slices)), slices);
+    config.blockDim = dim3(PIECE_THREADS);
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = early;
+    buckets_sort(p, stream);
+    cuda_check(cudaLaunchKernelEx(&config, pieces_kernel, p->dw, p->parts, p->dx, (const int32_t*)p->sorted,
+                                  (const int32_t*)p->places, (const int32_t*)p->rests, p->N, p->C));
+    launch_check();
+    config.gridDim = dim3((unsigned)ceil_div(p->N, PIECE), slices);
+    config.blockDim = dim3(SEAM_GROUPS * PIECE_THREADS);
+    cuda_check(cudaLaunchKernelEx(&config, piece_seams_kernel, p->dw, p->parts, (const int32_t*)p->sorted,
+                                  (const int32_t*)p->rests, p->N, p->C));
+    launch_check();
+}
+
+static void pieces(const Problem* p, int share, cudaStream_t stream) { pieces_launch(p, share, false, stream); }
+
+// ---- pieces_early ----------------------------------------------------------------------------
 // idea    each kernel is launched while the one before it still runs, and waits inside for its end: the way from the host's
 //         queue to the multiprocessors is no longer between them
 // limit   memory, and the first look through the ids
 
-static void buckets_early(const Problem* p, int rows, cudaStream_t stream) { buckets_launch(p, rows, true, stream); }
+static void pieces_early(const Problem* p, int share, cudaStream_t stream) { pieces_launch(p, share, true, stream); }
 
-static const char* buckets_early_refuses(const Problem* p) {
+static const char* pieces_early_refuses(const Problem* p) {
     return hopper_refuses() ? hopper_refuses() : buckets_refuses(p);
 }
 
@@ -460,12 +603,13 @@ static void production(const Problem* p, int, cudaStream_t stream) {
 
 // clang-format off
 static const Variant<Problem> variants[] = {
-//    name                       launch                   block or rows of a tile   what changed
+//    name                       launch                   rows of a tile, blocks    what changed
     { "row_of_table_per_block",  row_of_table_per_block,  { 0 },                    "baseline: the sum as the formula has it", row_of_table_refuses },
     { "atomics",                 atomics,                 { 128, 256 },             "each token adds at once; not deterministic" },
     { "tiles",                   tiles,                   { 8, 16, 32 },            "sorted, then equal work for each warp" },
     { "buckets",                 buckets,                 { 8, 16, 32 },            "the order in one kernel", buckets_refuses },
-    { "buckets_early",           buckets_early,           { 8, 16, 32 },            "launches overlap", buckets_early_refuses },
+    { "pieces",                  pieces,                  { 4, 5, 8 },              "whole rows, nothing looked up on the way", buckets_refuses },
+    { "pieces_early",            pieces_early,            { 4, 5, 8 },              "launches overlap", pieces_early_refuses },
     { "production",              production,              { 0 },                    "llmc/embedding.h: sorted, a block for each run" },
 };
 // clang-format on
