@@ -1,6 +1,8 @@
 /*
-Attention forward on Hopper: bf16 products of warpgroups (wgmma) out of shared memory that the copy engine (TMA) fills, softmax
-in registers. Formulas and shapes are attention.h's, numbers the same as attention_flash.cuh's up to the order of sums.
+Attention on Hopper: bf16 products of warpgroups (wgmma) out of shared memory that the copy engine (TMA) fills, softmax in
+registers. Formulas and shapes are attention.h's, numbers the same as attention_flash.cuh's up to the order of sums.
+
+Forward
 
     a block     one head, 64 queries to each of 2 (HD 128) or 3 (HD 64) warpgroups, which walk the same keys 128 at a time from
                 the diagonal back to key 0; and a warpgroup more, of which one thread starts all copies
@@ -18,16 +20,35 @@ Overlap         of the powers (16 a cycle and multiprocessor, 1 for 4*HD FLOPs) 
                                         one multiplies while the others are at their softmax
                 Copies overlap with all of it: two buffers of K and two of V, each with a barrier "full" that counts bytes and
                 one "empty" that counts the warps that are done. The producer runs ahead into the next task's K, Q and V
-Causal          the first tile of a warpgroup holds its 64 diagonal numbers and is the only one that is masked. A tile that the
+Causal          (forward) the first tile of a warpgroup holds its 64 diagonal numbers and is the only one that is masked. A tile that the
                 block needs and a warpgroup does not (it lies above its rows) is passed on unread
 Rescaling       of O is left out when no row of the warp has a new maximum: after a few tiles that is nearly always
 Tasks           a persistent block on each multiprocessor takes the next task from a counter in memory, the longest first. Heads
                 come in sections whose K and V fit in the L2 cache; those of a group lie next to each other
 Numerics        as flash: S, maxima and sums in fp32, P rounded to bf16 as factor. A task sums in a fixed order, whichever block
                 takes it: same bits at every run
+
+Backward        five products, dQ added up in the L2 cache
+
+    before      for each query, lse in powers of two and dout . out
+    a block     128 keys of one kv head, 64 to each of 2 warpgroups, which walk the queries of each head of the group from the
+                diagonal down, 64 (HD 128) or 128 (HD 64) at a time; and a warpgroup for loads and for dQ
+    a step      S^T  = K · Q^T     dP^T = V · dO^T     P^T = e^(S^T - lse)     dS^T = P^T * (dP^T - dot)
+                dV  += P^T · dO    P^T in registers
+                dK  += dS^T · Q    dS^T passes through shared memory, because
+                dQ   = dS · K      adds over the keys of both warpgroups: each computes a half of the queries or columns
+    after       dQ, fp32 in the order that products leave, is scaled, rounded and put in its place
+
+Order of dQ     a counter for each tile of queries says which block of keys is next, so that the sums are the same at each run. One
+                thread waits for the turn, starts the copy engine's addition of 32 KB and passes the turn on when it is written, a
+                step later; the warpgroups only wait until the engine has read their part. A block waits for blocks with lower
+                numbers alone, which were started before it. The first one writes, so that nothing need be zeroed
+Overlap         S of the next step is started before dQ is taken out of its registers, dV works while dS is computed, the two
+                warpgroups meet once a step
+
 Bound by        FLOPs at HD 128; powers as much as FLOPs at HD 64, where 128 keys of 192 queries take 1536 cycles of either
 Sizes           HD 64, 128; any T, B; NKV divides NH. sm_90a
-Proved by       dev/cuda/attention_forward.cu (against the CPU and against flash)
+Proved by       dev/cuda/attention_forward.cu, dev/cuda/attention_backward.cu (against the CPU and against flash)
 Source          Shah et al. 2024, "FlashAttention-3" (the two overlaps)
 */
 #pragma once
@@ -327,6 +348,327 @@ __global__ void __launch_bounds__(hopper_threads(HD), 1)
 #endif
 }
 
+// ---- backward: numbers of queries, before ------------------------------------------------------
+// stats (B, NH, tiles of queries): for each tile lse of all its queries, in powers of two, then dout . out of all. Queries past T:
+// infinity and 0, so that their p and ds are 0
+
+enum { HOPPER_STEP = 8192, HOPPER_PREPARE_THREADS = 256 };
+
+__host__ __device__ constexpr int hopper_step(int HD) {
+    return HOPPER_STEP / HD;
+} // queries of a step of the backward pass
+
+// HD / 8 lanes a query, 16 bytes a lane
+template <int HD>
+__global__ void __launch_bounds__(HOPPER_PREPARE_THREADS)
+    hopper_prepare_kernel(float* stats, const floatX* dout, const floatX* out, const float* lse, int T, int padded,
+                          int NH, int64_t rows) {
+    constexpr int LANES = HD / PACK;
+    const int64_t i = ((int64_t)blockIdx.x * HOPPER_PREPARE_THREADS + threadIdx.x) / LANES; // of (B, NH, padded)
+    const int chunk = threadIdx.x % LANES, t = (int)(i % padded);
+    const int64_t h = i / padded % NH, b = i / padded / NH;
+    const bool exists = i < rows && t < T;
+    float sum = 0;
+    if (exists) {
+        const int64_t at = ((b * T + t) * NH + h) * HD + chunk * PACK;
+        const PackX x = pack_load(dout + at), y = pack_load(out + at);
+#pragma unroll
+        for (int j = 0; j < PACK; j++) sum += x.get(j) * y.get(j);
+    }
+#pragma unroll
+    for (int offset = LANES / 2; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (i >= rows || chunk) return;
+    constexpr int M = hopper_step(HD);
+    float* to = stats + i / M * (2 * M) + i % M;
+    to[0] = exists ? lse[(b * NH + h) * T + t] * 1.4426950408889634f : INFINITY, to[M] = sum;
+}
+
+// ---- backward: dK, dV and parts of dQ ----------------------------------------------------------
+
+// runs of bytes by the copy engine, multiples of 16: to shared memory, counted at bar; from shared memory, part of the group that
+// tma_store_commit closes: overwriting, or adding fp32 numbers
+__device__ __forceinline__ void hopper_run_load(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(bar)
+                 : "memory");
+}
+__device__ __forceinline__ void hopper_run_store(float* to, uint32_t from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void hopper_run_add(float* to, uint32_t from, uint32_t bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+                 "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void hopper_load(float (&x)[2], uint32_t from) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(from) : "memory");
+}
+
+// one thread: until `turn` blocks have had their turn at a tile of dQ; and the next one's turn. What the copy engine wrote
+// before a turn is passed comes before what it writes after that turn is seen
+__device__ __forceinline__ void hopper_turn_wait(const unsigned* turns, unsigned turn) {
+    asm volatile("{ .reg .pred p; .reg .u32 now; .reg .u64 since, then;\n"
+                 "mov.u64 since, %%globaltimer;\n"
+                 "again:\n"
+                 "ld.acquire.gpu.global.u32 now, [%0];\n"
+                 "setp.eq.u32 p, now, %1;\n"
+                 "@p bra done;\n"
+                 "mov.u64 then, %%globaltimer;\n"
+                 "sub.u64 then, then, since;\n"
+                 "setp.lt.u64 p, then, %2;\n"
+                 "@p bra again;\n"
+                 "trap;\n"
+                 "done: fence.proxy.async; }" ::"l"(turns),
+                 "r"(turn), "n"(HOPPER_PATIENCE)
+                 : "memory");
+}
+__device__ __forceinline__ void hopper_turn_pass(unsigned* turns, unsigned turn) {
+    asm volatile("fence.proxy.async; st.release.gpu.global.u32 [%0], %1;" ::"l"(turns), "r"(turn + 1) : "memory");
+}
+
+// where the numbers of a tile of dQ (HOPPER_STEP fp32) lie: number e of register pack i of thread `thread` of warpgroup w at
+// ((w * 8 + i) * 128 + thread) * 4 + e. It is d[4 * i + e] of a product m64n64: of 64 queries and 64 columns; at HD 128 the
+// warpgroups have a half of the columns each, at HD 64 a half of the queries
+
+struct HopperBackward {
+    floatX* dqkv;
+    float* dq;       // (B, NH, tiles, HOPPER_STEP)
+    unsigned* turns; // (B, NH, tiles)
+    const float* stats;
+    int T, NH, NKV, tiles; // tiles: of hopper_step(HD) queries
+    float scale;
+};
+
+// bytes: K and V; two buffers of Q, of dO, of dS and of stats; dQ; barriers; what aligns the squares
+template <int HD>
+constexpr size_t hopper_backward_shared = sizeof(floatX) * (2 * HOPPER_KEYS * HD + 4 * HOPPER_STEP +
+                                                            2 * HOPPER_KEYS * hopper_step(HD)) +
+                                          sizeof(float) * HOPPER_STEP + 4 * sizeof(float) * hopper_step(HD) + 128 +
+                                          1024;
+
+// 128 keys of one kv head; grid (B*NKV, tiles of keys, the first first: they have most queries, and a tile of dQ waits for them)
+template <int HD>
+__global__ void __launch_bounds__(384, 1)
+    hopper_backward_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap dout_map,
+                           HopperBackward x) {
+#ifdef HOPPER_CODE
+    constexpr int M = hopper_step(HD), HALVES = HD / 64, BOXES = HOPPER_STEP / 4096;   // squares of a step of Q
+    constexpr uint32_t KEYS_TILE = HALVES * 2 * HOPPER_SQUARE, STEP = 2 * HOPPER_STEP, // bytes: of K, of a step of Q
+        DS = 2 * HOPPER_KEYS * M, STATS = 2 * sizeof(float) * M;
+    extern __shared__ __align__(1024) unsigned char hopper_memory[];
+    const uint32_t k_tile = (shared_address(hopper_memory) + 1023) / 1024 * 1024, v_tile = k_tile + KEYS_TILE,
+                   q_tile = v_tile + KEYS_TILE, do_tile = q_tile + 2 * STEP, ds_tile = do_tile + 2 * STEP,
+                   dq_tile = ds_tile + 2 * DS, stats = dq_tile + 4 * HOPPER_STEP;
+    const uint32_t kv_full = stats + 2 * STATS, q_full = kv_full + 8, q_empty = q_full + 16, do_full = q_empty + 16,
+                   do_empty = do_full + 16, dq_full = do_empty + 16, dq_empty = dq_full + 8;
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), warp = threadIdx.x / WARP % 4;
+    const int g = blockIdx.x % x.NKV, b = blockIdx.x / x.NKV, j0 = (int)blockIdx.y * HOPPER_KEYS, G = x.NH / x.NKV;
+    const int first = j0 / M, steps = G * (x.tiles - first); // the first tile of queries; of all heads
+    if (threadIdx.x == 0) {
+        tma_prefetch(&qkv_map), tma_prefetch(&dout_map);
+        mbarrier_init(kv_full, 1), mbarrier_init(dq_full, 8), mbarrier_init(dq_empty, 1);
+        for (int i = 0; i < 2; i++) {
+            mbarrier_init(q_full + 8 * i, 1), mbarrier_init(q_empty + 8 * i, 8);
+            mbarrier_init(do_full + 8 * i, 1), mbarrier_init(do_empty + 8 * i, 8);
+        }
+        mbarrier_init_done();
+    }
+    __syncthreads();
+
+    if (warpgroup == 0) {
+        registers_give<24>();
+        if (threadIdx.x == 0) { // loads
+            auto load = [&](uint32_t to, const CUtensorMap* map, uint32_t full, int column, int t0, int boxes,
+                            int rows) {
+#pragma unroll 1
+                for (int i = 0; i < boxes; i++) // squares: those of 64 columns one below the other
+                    tma_load(to + i * HOPPER_SQUARE, map, full, column + i / rows * 64, t0 + i % rows * 64, b);
+            };
+            const int k_column = (x.NH + g) * HD;
+            mbarrier_expect(kv_full, 2 * KEYS_TILE);
+            load(k_tile, &qkv_map, kv_full, k_column, j0, 2 * HALVES, 2);
+            load(v_tile, &qkv_map, kv_full, k_column + x.NKV * HD, j0, 2 * HALVES, 2);
+            int h = g * G, tile = first;
+            for (uint32_t i = 0; i < (uint32_t)steps; i++) {
+                const uint32_t buffer = i % 2, emptied = i / 2 % 2 ^ 1;
+                mbarrier_wait(q_empty + 8 * buffer, emptied);
+                mbarrier_expect(q_full + 8 * buffer, STEP + STATS);
+                load(q_tile + buffer * STEP, &qkv_map, q_full + 8 * buffer, h * HD, tile * M, BOXES, M / 64);
+                hopper_run_load(stats + buffer * STATS, x.stats + (((size_t)b * x.NH + h) * x.tiles + tile) * (2 * M),
+                                STATS, q_full + 8 * buffer);
+                mbarrier_wait(do_empty + 8 * buffer, emptied);
+                mbarrier_expect(do_full + 8 * buffer, STEP);
+                load(do_tile + buffer * STEP, &dout_map, do_full + 8 * buffer, h * HD, tile * M, BOXES, M / 64);
+                if (++tile == x.tiles) tile = first, h++;
+            }
+        } else if (threadIdx.x == WARP) { // adds parts of dQ to those of the blocks before
+            const unsigned turn = blockIdx.y;
+            int h = g * G, tile = first;
+            size_t before = 0;
+            for (uint32_t i = 0; i < (uint32_t)steps; i++) {
+                const size_t at = ((size_t)b * x.NH + h) * x.tiles + tile;
+                if (turn) hopper_turn_wait(x.turns + at, turn);
+                mbarrier_wait(dq_full, i % 2);
+                if (turn)
+                    hopper_run_add(x.dq + at * HOPPER_STEP, dq_tile, 4 * HOPPER_STEP);
+                else
+                    hopper_run_store(x.dq + at * HOPPER_STEP, dq_tile, 4 * HOPPER_STEP);
+                tma_store_commit();
+                tma_store_wait_read<0>();
+                mbarrier_arrive(dq_empty);
+                if (i) { // that of a step ago is written by now
+                    tma_store_wait<1>();
+                    hopper_turn_pass(x.turns + before, turn);
+                }
+                before = at;
+                if (++tile == x.tiles) tile = first, h++;
+            }
+            tma_store_wait<0>();
+            hopper_turn_pass(x.turns + before, turn);
+        }
+    } else {
+        registers_take<240>();
+        const int w = warpgroup - 1, lane = threadIdx.x % WARP, thread = threadIdx.x % 128;
+        const int key = j0 + 64 * w + 16 * warp + lane / 4; // of this lane's first row
+        const uint64_t k = wgmma_rows(k_tile + w * HOPPER_SQUARE), v = wgmma_rows(v_tile + w * HOPPER_SQUARE),
+                       q_rows = wgmma_rows(q_tile), do_rows = wgmma_rows(do_tile),
+                       q_columns = wgmma_columns(q_tile, M * 128), do_columns = wgmma_columns(do_tile, M * 128),
+                       ds_rows = wgmma_rows(ds_tile + w * HOPPER_SQUARE), // of dK
+            // of dQ: the queries of dS (a), the columns of K (b)
+            ds = wgmma_columns(ds_tile + (HALVES == 1 ? w * 2 * HOPPER_SQUARE : 0), 0),
+                       k_columns = wgmma_columns(k_tile + (HALVES == 2 ? w * 2 * HOPPER_SQUARE : 0), 0);
+        const float c = x.scale * 1.4426950408889634f;
+        float s[M / 2], dp[M / 2], dk[HD / 2], dv[HD / 2];
+        float(&dq)[32] = *reinterpret_cast<float(*)[32]>(dp); // dP is used up when dQ begins
+        uint32_t p[M / 16][4];
+
+        // starts d (64 keys, M queries) = rows of K or V · a step of Q or dO
+        auto start_dot = [&](float(&d)[M / 2], uint64_t rows, uint64_t step) {
+#pragma unroll
+            for (int i = 0; i < HD; i += 16)
+                wgmma(d, rows + (i / 64 * 2 * HOPPER_SQUARE + i % 64 * 2) / 16,
+                      step + (i / 64 * M * 128 + i % 64 * 2) / 16, i > 0);
+            wgmma_commit();
+        };
+        auto release = [&](uint32_t bar) {
+            if (lane == 0) mbarrier_arrive(bar);
+        };
+
+        mbarrier_wait(kv_full, 0);
+        mbarrier_wait(q_full, 0);
+        wgmma_fence();
+        start_dot(s, k, q_rows);
+        int tile = first;
+        for (uint32_t i = 0; i < (uint32_t)steps; i++) {
+            const uint32_t buffer = i % 2, at = buffer * (STEP / 16);
+            mbarrier_wait(do_full + 8 * buffer, i / 2 % 2);
+            wgmma_fence();
+            start_dot(dp, v, do_rows + at);
+            wgmma_wait<1>(s);
+            const uint32_t numbers = stats + buffer * STATS + lane % 4 * 8;
+#pragma unroll
+            for (int n = 0; n < M / 8; n++) {
+                float l[2];
+                hopper_load(l, numbers + n * 32);
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[4 * n + e] = hopper_exp2(s[4 * n + e] * c - l[e % 2]);
+            }
+            if (tile * M < j0 + HOPPER_KEYS) { // the diagonal: queries that do not see the key
+                const int behind = key - tile * M - lane % 4 * 2;
+#pragma unroll
+                for (int n = 0; n < M / 2; n++)
+                    if (n / 4 * 8 + n % 2 < behind + n / 2 % 2 * 8) s[n] = 0;
+            }
+#pragma unroll
+            for (int n = 0; n < M / 2; n += 2) p[n / 8][n / 2 % 4] = bf16_pair(s[n], s[n + 1]);
+            wgmma_fence();
+#pragma unroll
+            for (int n = 0; n < M; n += 16) // dV += P^T · dO
+                wgmma<1>(dv, p[n / 16], do_columns + at + n * 128 / 16, i > 0 || n > 0);
+            wgmma_commit();
+            wgmma_wait<(HD == 64 ? 0 : 1)>(dp); // at HD 64 the registers of p are needed: dV too
+#pragma unroll
+            for (int n = 0; n < M / 8; n++) {
+                float d[2];
+                hopper_load(d, numbers + 4 * M + n * 32);
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[4 * n + e] *= dp[4 * n + e] - d[e % 2];
+            }
+            const int row = 64 * w + 16 * warp + lane % 16;
+#pragma unroll
+            for (int n = 0; n < M / 2; n += 8)
+                stmatrix(ds_tile + buffer * DS + n / 32 * 2 * HOPPER_SQUARE +
+                             hopper_swizzle((uint32_t)(row * 128 + n % 32 * 4 + lane / 16 * 16)),
+                         bf16_pair(s[n], s[n + 1]), bf16_pair(s[n + 2], s[n + 3]), bf16_pair(s[n + 4], s[n + 5]),
+                         bf16_pair(s[n + 6], s[n + 7]));
+            fence_async();
+            barrier_sync(1, 256); // dS of both warpgroups
+            wgmma_fence();
+#pragma unroll
+            for (int n = 0; n < M; n += 16) // dK += dS^T · Q
+                wgmma<0, 1>(dk, ds_rows + (buffer * DS + n / 64 * 2 * HOPPER_SQUARE + n % 64 * 2) / 16,
+                            q_columns + at + n * 128 / 16, i > 0 || n > 0);
+            wgmma_commit();
+#pragma unroll
+            for (int n = 0; n < HOPPER_KEYS; n += 16)
+                wgmma<1, 1>(dq, ds + (buffer * DS + n * 128) / 16, k_columns + n * 128 / 16, n > 0);
+            wgmma_commit();
+            if (i + 1 < (uint32_t)steps) mbarrier_wait(q_full + 8 * (buffer ^ 1), (i + 1) / 2 % 2);
+            wgmma_fence();
+            start_dot(s, k, q_rows + (STEP / 16 - at)); // of the next step; after the last, of what lies there
+            wgmma_wait<1>(dq);
+            release(q_empty + 8 * buffer), release(do_empty + 8 * buffer);
+            mbarrier_wait(dq_empty, i % 2 ^ 1);
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+                asm volatile(
+                    "st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(dq_tile + ((w * 8 + n) * 128 + thread) * 16),
+                    "f"(dq[4 * n]), "f"(dq[4 * n + 1]), "f"(dq[4 * n + 2]), "f"(dq[4 * n + 3])
+                    : "memory");
+            fence_async();
+            __syncwarp();
+            release(dq_full);
+            if (++tile == x.tiles) tile = first;
+        }
+        wgmma_wait<0>(s);
+        wgmma_keep(dk), wgmma_keep(dv);
+        const size_t ld = (size_t)(x.NH + 2 * x.NKV) * HD;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            if (key + 8 * r >= x.T) continue;
+            floatX* to = x.dqkv + ((size_t)b * x.T + key + 8 * r) * ld + (size_t)(x.NH + g) * HD + lane % 4 * 2;
+#pragma unroll
+            for (int n = 2 * r; n < HD / 2; n += 4) {
+                *(uint32_t*)(to + n / 4 * 8) = bf16_pair(dk[n] * x.scale, dk[n + 1] * x.scale);
+                *(uint32_t*)(to + (size_t)x.NKV * HD + n / 4 * 8) = bf16_pair(dv[n], dv[n + 1]);
+            }
+        }
+    }
+#endif
+}
+
+// ---- backward: dQ, after ------------------------------------------------------------------------
+
+// a block a tile: fp32 sums, in the order that products left them, become rows of dqkv
+template <int HD>
+__global__ void __launch_bounds__(256)
+    hopper_round_kernel(floatX* dqkv, const float* dq, int T, int tiles, int NH, int64_t ld, float scale) {
+    constexpr int M = hopper_step(HD);
+    const int tile = blockIdx.x % tiles, h = blockIdx.x / tiles % NH, b = blockIdx.x / tiles / NH;
+    const int w = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % WARP;
+    const float4* from = (const float4*)dq + (size_t)blockIdx.x * (HOPPER_STEP / 4) + w * 1024 + thread;
+    const int t = tile * M + (HD == 64 ? 64 * w : 0) + thread / WARP * 16 + lane / 4;
+    floatX* to = dqkv + ((int64_t)b * T + t) * ld + (int64_t)h * HD + (HD == 128 ? 64 * w : 0) + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const float4 sum = __ldcs(from + i * 128);
+        if (t < T) *(uint32_t*)(to + i * 8) = bf16_pair(sum.x * scale, sum.y * scale);
+        if (t + 8 < T) *(uint32_t*)(to + 8 * ld + i * 8) = bf16_pair(sum.z * scale, sum.w * scale);
+    }
+}
+
 // ---- launchers -------------------------------------------------------------------------------
 
 // (column, t, b) in squares of 64 x 64
@@ -356,6 +698,31 @@ static void hopper_forward(floatX* out, float* lse, const floatX* qkv, Attention
     launch_check();
 }
 
+template <int HD>
+static void hopper_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse,
+                            AttentionShape s, void* scratch, cudaStream_t stream) {
+    const int M = hopper_step(HD), tiles = (int)ceil_div(s.T, M);
+    const size_t all = (size_t)s.B * s.NH * tiles;
+    const int64_t ld = (int64_t)(s.NH + 2 * s.NKV) * HD, rows = (int64_t)all * M;
+    HopperBackward x;
+    x.dqkv = dqkv, x.dq = (float*)scratch, x.T = s.T, x.NH = s.NH, x.NKV = s.NKV, x.tiles = tiles;
+    float* stats = x.dq + all * HOPPER_STEP;
+    x.stats = stats, x.turns = (unsigned*)(stats + 2 * rows), x.scale = 1 / sqrtf((float)HD);
+    cuda_check(cudaMemsetAsync(x.turns, 0, all * sizeof(unsigned), stream));
+    hopper_prepare_kernel<HD>
+        <<<(unsigned)ceil_div(rows * (HD / PACK), HOPPER_PREPARE_THREADS), HOPPER_PREPARE_THREADS, 0, stream>>>(
+            stats, dout, out, lse, s.T, tiles * M, s.NH, rows);
+    launch_check();
+    cuda_check(cudaFuncSetAttribute(hopper_backward_kernel<HD>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    (int)hopper_backward_shared<HD>));
+    hopper_backward_kernel<HD><<<dim3((unsigned)(s.B * s.NKV), (unsigned)ceil_div(s.T, HOPPER_KEYS)), 384,
+                                 hopper_backward_shared<HD>, stream>>>(
+        hopper_attention_map(qkv, s.B, s.T, ld), hopper_attention_map(dout, s.B, s.T, (int64_t)s.NH * HD), x);
+    launch_check();
+    hopper_round_kernel<HD><<<(unsigned)all, 256, 0, stream>>>(dqkv, x.dq, s.T, tiles, s.NH, ld, x.scale);
+    launch_check();
+}
+
 static inline bool hopper_attention_supports(AttentionShape s, Error* why) {
     const char* refused = hopper_refuses();
     if (refused) return set_error(why, "%s", refused);
@@ -367,8 +734,17 @@ static inline bool hopper_attention_supports(AttentionShape s, Error* why) {
     return true;
 }
 
-// bytes: the counter of tasks taken
-static inline size_t hopper_attention_scratch(void) { return sizeof(unsigned); }
+// tiles of queries of a backward pass, in all
+static inline size_t hopper_backward_tiles(AttentionShape s) {
+    return (size_t)s.B * s.NH * (size_t)ceil_div(s.T, hopper_step(s.HD));
+}
+
+// bytes: the counter of tasks taken; or dQ, stats and turns
+static inline size_t hopper_attention_scratch(AttentionShape s, bool backward) {
+    if (!backward) return sizeof(unsigned);
+    return hopper_backward_tiles(s) *
+           (HOPPER_STEP * sizeof(float) + (size_t)hopper_step(s.HD) * 2 * sizeof(float) + sizeof(unsigned));
+}
 
 // overwrites out (B*T, NH*HD) and lse (B, NH, T)
 static inline void hopper_attention_forward(floatX* out, float* lse, const floatX* qkv, AttentionShape s, void* scratch,
@@ -376,6 +752,16 @@ static inline void hopper_attention_forward(floatX* out, float* lse, const float
     switch (s.HD) {
     case 64: hopper_forward<64>(out, lse, qkv, s, scratch, stream); break;
     case 128: hopper_forward<128>(out, lse, qkv, s, scratch, stream); break;
+    default: launch_require(false, "attention", "hopper takes the head_dim 64 or 128");
+    }
+}
+
+// overwrites dqkv, which has the layout of qkv
+static inline void hopper_attention_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out,
+                                             const float* lse, AttentionShape s, void* scratch, cudaStream_t stream) {
+    switch (s.HD) {
+    case 64: hopper_backward<64>(dqkv, dout, qkv, out, lse, s, scratch, stream); break;
+    case 128: hopper_backward<128>(dqkv, dout, qkv, out, lse, s, scratch, stream); break;
     default: launch_require(false, "attention", "hopper takes the head_dim 64 or 128");
     }
 }

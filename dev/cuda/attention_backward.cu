@@ -27,7 +27,7 @@ Look at         lts__t_sectors_op_red (atomics: 4 bytes of fp32 for each 10 FLOP
 #include "llmc/attention.h"
 #ifndef PRECISION_FP32
 #include "attention_rows.cuh"
-#include "llmc/hopper.cuh"
+#include "llmc/attention_hopper.cuh"
 #endif
 
 // ---- the problem: what is allocated, what is right, what it takes -----------------------------
@@ -90,6 +90,9 @@ static Problem setup(Bench* bench, const Shape* s) {
     p.room = attention_scratch(ATTENTION_REFERENCE, p.s, true);
 #ifdef USE_CUDNN
     p.room = std::max(p.room, attention_scratch(ATTENTION_CUDNN, p.s, true));
+#endif
+#ifndef PRECISION_FP32
+    p.room = std::max(p.room, hopper_attention_scratch(p.s, true));
 #endif
     p.scratch = bench->scratch<char>(p.room);
     make_forward(bench, &p);
@@ -410,6 +413,21 @@ static void dq_in_order(const Problem* p, int, cudaStream_t stream) { columns<DQ
 //         fetches from shared memory serves only 16 keys
 
 static void dq_second_pass(const Problem* p, int, cudaStream_t stream) { columns<DQ_LATER>(p, stream); }
+
+// ---- hopper -----------------------------------------------------------------------------------
+// idea    wgmma: two warpgroups share 128 keys; dS passes through shared memory as a factor of dK and of dQ. Five products: a
+//         warp of its own hands parts of dQ to the copy engine, which adds them in the L2 cache, in the order of the keys (turns, as in
+//         dq_in_order), while the warpgroups go on; the part of the next step's S that fills the wait is already started
+// limit   registers: dK, dV, S and dP of 64 keys a warpgroup take 230 of 240, so that little more can overlap
+
+static void hopper(const Problem* p, int, cudaStream_t stream) {
+    hopper_attention_backward(p->dqkv, p->dout, p->qkv, p->out, p->lse, p->s, p->scratch, stream);
+}
+
+static const char* hopper_takes(const Problem* p) {
+    static Error why;
+    return hopper_attention_supports(p->s, &why) ? NULL : why.text;
+}
 #endif
 
 // ---- production -------------------------------------------------------------------------------
@@ -443,6 +461,7 @@ static const Variant<Problem> variants[] = {
     { "dq_in_order",    dq_in_order,     { 0 },         "dq added up block by block: the same bits at each run" },
     { "dq_second_pass", dq_second_pass,  { 0 },         "dq by blocks of its own, 7 products instead of 5" },
     { "production",     production,      { 0 },         "llmc/attention_flash.cuh: pairs of warps, 32 rows" },
+    { "hopper",         hopper,          { 0 },         "llmc/attention_hopper.cuh: wgmma, dq added up by the copy engine", hopper_takes },
 #else
     { "production",     production,      { 0 },         "llmc/attention_reference.cuh" },
 #endif
