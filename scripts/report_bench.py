@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -55,7 +56,8 @@ def run_one(command, limit, log):
     """runs a program with its output on the screen and in the log; returns exit code (None: out of time) and output"""
     started = time.monotonic()
     try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                                   start_new_session=True)
     except OSError as error:
         fail(f"{command[0]}: {error.strerror}")
     text = []
@@ -64,7 +66,7 @@ def run_one(command, limit, log):
         text.append(out)
         code = process.returncode
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # and what it started
         out, _ = process.communicate()
         text.append((out or "") + f"\nerror: {command[0]}: ended after {limit:.0f} s\n")
         code = None
@@ -246,15 +248,15 @@ def origin_of(info, rows):
 
 
 def chart(op, tables, origin, path):
-    """one panel a shape: bars of the rate, the peak as a line"""
+    """one panel a shape (those of the summary, in one type): bars of the rate, the peak as a line"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"})
     colours = {"production": "#1b6ca8", "yardstick": "#3a9d6a", "variant": "#9dbcd4", "peer": "#e0954a"}
-    panels = [(key, [row for row in rows if timed(row)]) for key, rows in tables.items()]
-    panels = [(key, rows) for key, rows in panels if rows]
+    shapes = chosen_shapes(tables, "bf16") or chosen_shapes(tables, "fp32")
+    panels = [(key, [row for row in tables[key] if timed(row)]) for key in shapes]
     if not panels:
         return False
     heights = [0.26 * len(rows) + 0.75 for _, rows in panels]
@@ -277,8 +279,13 @@ def chart(op, tables, origin, path):
         axis.set_xlim(0, 1.25 * most)
         axis.set_title(f"{dtype}, {shape}: {sizes_text(rows[0])}", loc="left", fontsize=10)
     figure.suptitle(f"{op}   ({origin})", fontsize=9, color="#444444", x=0.01, ha="left")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+    try:  # a sixth of the size
+        from PIL import Image
+        Image.open(path).convert("RGB").quantize(48).save(path, optimize=True)
+    except ImportError:
+        pass
     return True
 
 
@@ -287,8 +294,8 @@ def chart(op, tables, origin, path):
 def chosen_shapes(tables, dtype):
     """the shapes of an op that the summary shows: those of the 1B and the 8B model, else the first two"""
     keys = [key for key in tables if key[0] == dtype and any(timed(row) for row in tables[key])]
-    models = [key for key in keys if re.match(r"(1B|8B)\b", key[1])]
-    return (models or keys)[:2]
+    models = [next((key for key in keys if re.match(rf"{model}\b", key[1])), None) for model in ("1B", "8B")]
+    return [key for key in models if key] or keys[:2]
 
 
 def summary_row(op, key, rows, folder):
@@ -296,7 +303,7 @@ def summary_row(op, key, rows, folder):
     peers = [row for row in rows if row.get("kind") == "peer" and timed(row)]
     reference = next((row for row in ours if row["kind"] == "production"), None) or \
         next((row for row in ours if row["kind"] == "yardstick"), None) or min(ours, key=lambda row: row["median_us"])
-    first, best = ours[0], min(ours, key=lambda row: row["median_us"])
+    first, best = ours[0], min((row for row in ours if row is reference or row["kind"] == "variant"), key=lambda row: row["median_us"])
     value, unit = rate(reference)
     us = reference["median_us"]
     peer = min(peers, key=lambda row: row["median_us"]) if peers else None
@@ -311,7 +318,7 @@ def summary_row(op, key, rows, folder):
 def summary_text(ops, programs, info, origin, folder):
     text = f"Measured on {origin}."
     if info.get("selftest"):
-        text += f" The harness's self-test in the same run: {info['selftest']}."
+        text += f" The harness's self-test in the same run: {info['selftest'].split('   ')[-1]}."
     text += "\n"
     for dtype in ("bf16", "fp32"):
         lines = [summary_row(op, key, tables[key], folder) for op, tables in ops.items() for key in chosen_shapes(tables, dtype)
@@ -379,12 +386,15 @@ def command_write(options):
 def describe(path):
     """(what the file computes, [(variant, idea)]) of a lab file"""
     text = path.read_text()
+    rows = text
+    for included in re.findall(r'^#include "(\w+\.cu)"', text, re.M):  # one op on another's page
+        rows += (path.parent / included).read_text()
     comment = re.match(r"/\*\n(.*?)\*/", text, re.S)
     first = comment.group(1).strip().split("\n\n")[0] if comment else ""
     first = " ".join(first.split())
     sentence = re.match(r"(.+?[.:])(\s|$)", first)
     names = []
-    for table in re.findall(r"Variant<\w+>\s+\w+\[\]\s*=\s*\{(.*?)\n\};", text, re.S):
+    for table in re.findall(r"Variant<\w+>\s+\w+\[\]\s*=\s*\{(.*?)\n\};", rows, re.S):
         for name in re.findall(r"^\s*\{\s*\"([^\"]+)\"\s*,", table, re.M):
             if name not in names:
                 names.append(name)
