@@ -20,8 +20,8 @@ Overlap         of the powers (16 a cycle and multiprocessor, 1 for 4*HD FLOPs) 
                                         one multiplies while the others are at their softmax
                 Copies overlap with all of it: two buffers of K and two of V, each with a barrier "full" that counts bytes and
                 one "empty" that counts the warps that are done. The producer runs ahead into the next task's K, Q and V
-Causal          (forward) the first tile of a warpgroup holds its 64 diagonal numbers and is the only one that is masked. A tile that the
-                block needs and a warpgroup does not (it lies above its rows) is passed on unread
+Causal          (forward) the first tile of a warpgroup holds its 64 diagonal numbers and is the only one that is masked. A tile
+                that the block needs and a warpgroup does not (it lies above its rows) is passed on unread
 Rescaling       of O is left out when no row of the warp has a new maximum: after a few tiles that is nearly always
 Tasks           a persistent block on each multiprocessor takes the next task from a counter in memory, the longest first. Heads
                 come in sections whose K and V fit in the L2 cache; those of a group lie next to each other

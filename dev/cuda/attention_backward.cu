@@ -416,8 +416,8 @@ static void dq_second_pass(const Problem* p, int, cudaStream_t stream) { columns
 
 // ---- hopper -----------------------------------------------------------------------------------
 // idea    wgmma: two warpgroups share 128 keys; dS passes through shared memory as a factor of dK and of dQ. Five products: a
-//         warp of its own hands parts of dQ to the copy engine, which adds them in the L2 cache, in the order of the keys (turns, as in
-//         dq_in_order), while the warpgroups go on; the part of the next step's S that fills the wait is already started
+//         warp of its own hands parts of dQ to the copy engine, which adds them in the L2 cache, in the order of the keys (turns, as
+//         in dq_in_order), while the warpgroups go on; the part of the next step's S that fills the wait is already started
 // limit   registers: dK, dV, S and dP of 64 keys a warpgroup take 230 of 240, so that little more can overlap
 
 static void hopper(const Problem* p, int, cudaStream_t stream) {

@@ -468,8 +468,8 @@ static void ring(const Problem* p, int block, cudaStream_t stream) {
 }
 
 // ---- paged ------------------------------------------------------------------------------------
-// idea    a server's cache grows by pages of 64 tokens that lie anywhere; a table says where. One look-up a tile, made a tile early,
-//         so that it costs nothing
+// idea    a server's cache grows by pages of 64 tokens that lie anywhere; a table says where. One look-up a tile, made a tile
+//         early, so that it costs nothing
 // limit   the same as ring's
 
 static void paged(const Problem* p, int block, cudaStream_t stream) {

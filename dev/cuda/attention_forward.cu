@@ -1,7 +1,8 @@
 /*
 Attention forward, causal and grouped-query: how it got fast.
 
-    s[t, j] = scale * q[t] . k[j]      lse[t] = log(sum over j <= t of e^s[t, j])      out[t] = sum over j <= t of e^(s[t, j] - lse[t]) * v[j]
+    s[t, j] = scale * q[t] . k[j]       lse[t] = log(sum over j <= t of e^s[t, j])
+                                        out[t] = sum over j <= t of e^(s[t, j] - lse[t]) * v[j]
 
     qkv (B*T, (NH + 2*NKV)*HD)      out (B*T, NH*HD)      lse (B, NH, T)
 
