@@ -114,7 +114,7 @@ make_gpu_all() {
     return $code
 }
 
-model_tests="golden gradients prefix lengths no_labels accumulation runs moments learning generation"
+model_tests="golden gradients prefix lengths no_labels accumulation runs moments master timing memory learning generation"
 
 stage_ops() {
     for precision in BF16 FP32; do
@@ -300,6 +300,16 @@ stage_program() {
     check program.log 60 "generate: FP32 beside the CPU's" same_text "$fp32" "$cpu" "$work/whole"
     check program.log 60 "generate: BF16 runs" "$bf16" generate --model "$work/whole" --prompt "ROMEO:" --tokens 60
     check program.log 60 "info" "$bf16" info --model llama3.2-1B
+    check program.log 30 "info without a GPU" env CUDA_VISIBLE_DEVICES= "$bf16" info --model llama3.2-1B
+    local none="$run --master none --steps 200 --checkpoint-every 50 --keep 0 --dtype BF16"
+    check program.log 60 "a run without master weights" "$bf16" $none --out "$work/none1"
+    check program.log 60 "the same run again" "$bf16" $none --out "$work/none2"
+    check program.log 10 "  the same bits" same_step "$work/none1" "$work/none2" step-00000200
+    rm -rf "$work/none2"/step-00000150 "$work/none2"/step-00000200
+    check program.log 60 "resumed from step 100" "$bf16" train --resume --out "$work/none2"
+    check program.log 10 "  the same bits" same_step "$work/none1" "$work/none2" step-00000200
+    check program.log 60 "refused: names what fits" refused '--recompute\|--moments\|--batch' "$bf16" train --model llama3.1-8B --batch 16 --seq 8192 --steps 1 \
+        --data "$text" --tokenizer "$LLAMA3_DATA/llama3" --out "$work/big"
 }
 
 stage_cli() {
