@@ -90,7 +90,8 @@ static Problem setup(Bench* bench, const Shape* s) {
     p.room = attention_scratch(ATTENTION_REFERENCE, p.s, true);
 #ifdef USE_CUDNN
     Error why;
-    if (attention_supports(ATTENTION_CUDNN, p.s, true, &why)) p.room = std::max(p.room, attention_scratch(ATTENTION_CUDNN, p.s, true));
+    if (attention_supports(ATTENTION_CUDNN, p.s, true, &why))
+        p.room = std::max(p.room, attention_scratch(ATTENTION_CUDNN, p.s, true));
 #endif
 #ifndef PRECISION_FP32
     p.room = std::max(p.room, hopper_attention_scratch(p.s, true));
