@@ -310,9 +310,9 @@ static void check_same_pass(const char* what, const Oracle* o, const Pass* got, 
 
 // ---- back ends and recompute levels ----------------------------------------------------------
 
-static const char* const backends[] = { "reference", "flash", "cudnn" };
+static const char* const backends[] = { "reference", "mma", "hopper", "cudnn" };
 static const char* const levels[] = { "none", "norms", "ffn", "block" };
-enum { N_BACKENDS = 3, N_LEVELS = 4 };
+enum { N_BACKENDS = 4, N_LEVELS = 4 };
 
 // the case's model with that back end; NULL when this build has none or it does not take the model's sizes, which those
 // of the presets' heads it must
@@ -322,14 +322,17 @@ static GpuModel* load_with(const Case* k, const char* backend, const char* level
     GpuModel* m = gpu_model_load(k->folder);
     gpu_forward(m, k->ids, k->labels, k->B, k->T, NULL); // the back end is chosen when the batch is known
     if (strcmp(gpu_attention(m), backend) == 0) return m;
-    int HD = gpu_model_config(m)->HD;
-    gpu_expect(HD != 64 && HD != 128, "%s: %s does not run with HD %d", k->name, backend, HD);
+    int HD = gpu_model_config(m)->HD, device = 0, major = 0;
+    cuda_check(cudaGetDevice(&device));
+    cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    if (strcmp(backend, "hopper") != 0 || major == 9)
+        gpu_expect(HD != 64 && HD != 128, "%s: %s does not run with HD %d", k->name, backend, HD);
     gpu_model_free(m);
     return NULL;
 }
 
 static GpuModel* load_default(const Case* k) {
-    if (!gpu_set("attention", "flash") && !gpu_set("attention", "reference")) die("no attention");
+    if (!gpu_set("attention", "hopper") && !gpu_set("attention", "reference")) die("no attention");
     if (!gpu_set("recompute", "none")) die("no recompute level none");
     return gpu_model_load(k->folder);
 }

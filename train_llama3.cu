@@ -20,6 +20,7 @@ Library     with -DLLAMA3_LIBRARY there is no main; the gpu_ functions of llmc/l
 #include "llmc/arena.h"
 #include "llmc/attention.h"
 #include "llmc/attention_cached.cuh"
+#include "llmc/attention_choice.cuh"
 #include "llmc/cross_entropy.h"
 #include "llmc/embedding.h"
 #include "llmc/gpu.cuh"
@@ -126,7 +127,7 @@ struct Sequence {
 // what the options say of how to compute: read-only once the first model is made
 typedef struct {
     Recompute recompute;
-    AttentionBackend attention;
+    AttentionBackend attention; // N_ATTENTION: the fastest
     bool bf16_moments, master; // master: bf16 weights have fp32 originals
     int64_t logits_bytes;      // that a chunk of the head may have
 } Settings;
@@ -306,7 +307,10 @@ static Acts acts_begin(const Config* c, int B, int T, int rows, int capacity, bo
     s.capacity = capacity;
     s.recompute = training ? gpu.set.recompute : KEEP_NOTHING;
     const AttentionShape shape = { B, T, c->NH, c->NKV, c->HD };
-    s.attention = capacity ? ATTENTION_REFERENCE : attention_choose(gpu.set.attention, shape, training, &s.passed_over);
+    s.attention = capacity ? ATTENTION_REFERENCE
+                  : gpu.set.attention == N_ATTENTION
+                      ? attention_fastest(shape, training, &s.passed_over, gpu.stream)
+                      : attention_choose(gpu.set.attention, shape, training, &s.passed_over);
     s.head_rows = capacity ? 1 : head_rows(c, rows);
     s.layer = (LayerActs*)allocate((size_t)c->L + 1, sizeof *s.layer);
     acts_layout(&s, c, B, T, training);
@@ -775,14 +779,15 @@ static int index_of(const char* word, const char* const* words, int n) {
 }
 
 bool model_configure(const Options* o, Error* err) {
-    const int wanted = index_of(o->attention, attention_names, N_ATTENTION); // -1: auto
+    const bool ours = strcmp(o->attention, "flash") == 0;
+    const int wanted = ours ? ATTENTION_HOPPER : index_of(o->attention, attention_names, N_ATTENTION); // -1: auto
     if (wanted >= 0 && !attention_built_with((AttentionBackend)wanted))
         return set_error(err, "--attention %s: this program was built without it (PRECISION=FP32 has reference alone, cudnn needs "
                               "make train_llama3cu USE_CUDNN=1)", o->attention);
     const bool master = strcmp(o->master, "fp32") == 0;
     if (!master && DTYPE_X == DTYPE_F32)
         return set_error(err, "--master none: this program was built with PRECISION=FP32, whose weights are fp32 themselves");
-    gpu.set.attention = wanted >= 0 ? (AttentionBackend)wanted : ATTENTION_CUDNN;
+    gpu.set.attention = wanted >= 0 ? (AttentionBackend)wanted : N_ATTENTION;
     gpu.set.recompute = (Recompute)index_of(o->recompute, recompute_names, KEEP_NOTHING);
     gpu.set.bf16_moments = strcmp(o->moments, "bf16") == 0;
     gpu.set.master = master && DTYPE_X == DTYPE_BF16;
@@ -1020,13 +1025,14 @@ bool model_load_optimizer(Model* m, const char* folder, int64_t updates, Error* 
     return ok || error_in(err, path);
 }
 
-// the products' algorithms, and the chunk of the head: where it ends, sums are rounded
+// the products' algorithms, attention's back end, and the chunk of the head: where it ends, sums are rounded
 char* model_choices_write(void) {
     matmul_cache_write();
-    char* text = matmul_choices_write();
-    const size_t n = strlen(text);
-    text = (char*)reallocate(text, n + 64, 1);
-    snprintf(text + n, 64, "chunk of logits: %lld bytes\n", (long long)gpu.set.logits_bytes);
+    char *text = matmul_choices_write(), *attention = attention_choices_write();
+    const size_t n = strlen(text), room = strlen(attention) + 64;
+    text = (char*)reallocate(text, n + room, 1);
+    snprintf(text + n, room, "%schunk of logits: %lld bytes\n", attention, (long long)gpu.set.logits_bytes);
+    free(attention);
     return text;
 }
 
@@ -1035,6 +1041,7 @@ void model_choices_read(const char* text) {
     const char* chunk = strstr(text, "chunk of logits:");
     gpu_start();
     matmul_choices_read(text);
+    attention_choices_read(text);
     if (chunk && sscanf(chunk, "chunk of logits: %lld bytes", &bytes) == 1 && bytes >= LOGITS_LEAST && bytes <= LOGITS_MOST) {
         gpu.set.logits_bytes = bytes;
         gpu.chunk_noted = true;

@@ -23,7 +23,8 @@ On the GPU      three back ends behind one interface; queries, keys and values a
                 projection leaves them, and so are their gradients. Causal, T keys for T queries, any T and B
 
                 reference   attention_reference.cuh: matrix products and a softmax between them, T x T in memory. Any HD
-                flash       attention_flash.cuh: our own tensor-core kernels. bf16; HD 32, 48, 64, 128
+                mma         attention_flash.cuh: our own tensor-core kernels. bf16; HD 32, 48, 64, 128
+                hopper      attention_hopper.cuh: our own for sm_90, with wgmma and the copy engine. bf16; HD 64, 128
                 cudnn       attention_cudnn.cuh: cuDNN's kernels, when built with USE_CUDNN. bf16
 Bound by        FLOPs in training: 2 * NH*HD * T^2 a sequence forward (half of the 4 * NH*HD * T^2 of the full square) and
                 2.5 times that backward; memory in generation: 2 * NKV*HD numbers per key and token
@@ -267,14 +268,15 @@ static inline void attention_backward_cpu(float* dq, float* dk, float* dv, const
 #include "attention_reference.cuh"
 #ifndef PRECISION_FP32
 #include "attention_flash.cuh"
+#include "attention_hopper.cuh"
 #endif
 #ifdef USE_CUDNN
 #include "attention_cudnn.cuh"
 #endif
 
-// the slowest first
-typedef enum { ATTENTION_REFERENCE, ATTENTION_FLASH, ATTENTION_CUDNN, N_ATTENTION } AttentionBackend;
-static const char* const attention_names[N_ATTENTION] = { "reference", "flash", "cudnn" };
+// the first choice last
+typedef enum { ATTENTION_REFERENCE, ATTENTION_MMA, ATTENTION_HOPPER, ATTENTION_CUDNN, N_ATTENTION } AttentionBackend;
+static const char* const attention_names[N_ATTENTION] = { "reference", "mma", "hopper", "cudnn" };
 
 static inline bool attention_built_with(AttentionBackend backend) {
 #ifndef USE_CUDNN
@@ -291,6 +293,14 @@ static inline void attention_fast(bool fast) {
     (void)fast;
 }
 
+static inline bool attention_is_fast(void) {
+#ifdef USE_CUDNN
+    return cudnn_attention_fast;
+#else
+    return false;
+#endif
+}
+
 // whether the back end takes the shape: for the forward pass and, when backward, for that too
 static inline bool attention_supports(AttentionBackend backend, AttentionShape shape, bool backward, Error* why) {
     (void)backward;
@@ -300,14 +310,15 @@ static inline bool attention_supports(AttentionBackend backend, AttentionShape s
     case ATTENTION_CUDNN: return cudnn_attention_supports(shape, backward, why);
 #endif
 #ifndef PRECISION_FP32
-    case ATTENTION_FLASH: return flash_attention_supports(shape, why);
+    case ATTENTION_HOPPER: return hopper_attention_supports(shape, why);
+    case ATTENTION_MMA: return flash_attention_supports(shape, why);
 #endif
     case ATTENTION_REFERENCE: return reference_attention_supports(shape, why);
     default: return set_error(why, "built without cuDNN: make USE_CUDNN=1");
     }
 }
 
-// the fastest back end that takes the shape, not counting those faster than `most`. why: what was passed over for which reason,
+// the first back end that takes the shape, from `most` down. why: what was passed over for which reason,
 // empty when nothing was
 static inline AttentionBackend attention_choose(AttentionBackend most, AttentionShape shape, bool backward,
                                                 Error* why) {
@@ -331,7 +342,8 @@ static inline size_t attention_scratch(AttentionBackend backend, AttentionShape 
     case ATTENTION_CUDNN: return cudnn_attention_scratch(shape, backward);
 #endif
 #ifndef PRECISION_FP32
-    case ATTENTION_FLASH: return flash_attention_scratch(shape, backward);
+    case ATTENTION_HOPPER: return hopper_attention_scratch(shape, backward);
+    case ATTENTION_MMA: return flash_attention_scratch(shape, backward);
 #endif
     default: return reference_attention_scratch(shape, backward);
     }
@@ -354,7 +366,8 @@ static inline void attention_forward(AttentionBackend backend, floatX* out, floa
     case ATTENTION_CUDNN: cudnn_attention_forward(out, lse, qkv, shape, scratch, stream); break;
 #endif
 #ifndef PRECISION_FP32
-    case ATTENTION_FLASH: flash_attention_forward(out, lse, qkv, shape, stream); break;
+    case ATTENTION_HOPPER: hopper_attention_forward(out, lse, qkv, shape, scratch, stream); break;
+    case ATTENTION_MMA: flash_attention_forward(out, lse, qkv, shape, stream); break;
 #endif
     default: reference_attention_forward(out, lse, qkv, shape, scratch, stream);
     }
@@ -370,7 +383,8 @@ static inline void attention_backward(AttentionBackend backend, floatX* dqkv, co
     case ATTENTION_CUDNN: cudnn_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, room, stream); break;
 #endif
 #ifndef PRECISION_FP32
-    case ATTENTION_FLASH: flash_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream); break;
+    case ATTENTION_HOPPER: hopper_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream); break;
+    case ATTENTION_MMA: flash_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream); break;
 #endif
     default: reference_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream);
     }

@@ -55,7 +55,7 @@ struct Problem {
 };
 
 static int64_t row_of(const AttentionShape* s) { return (int64_t)(s->NH + 2 * s->NKV) * s->HD; }
-static const AttentionBackend ours = sizeof(floatX) == 2 ? ATTENTION_FLASH : ATTENTION_REFERENCE;
+static const AttentionBackend ours = sizeof(floatX) == 2 ? ATTENTION_MMA : ATTENTION_REFERENCE;
 
 // what the forward pass left behind is an input here: production computes it
 static void make_forward(Bench* bench, Problem* p) {

@@ -325,7 +325,7 @@ static const char* hopper_takes(const Problem* p) {
 // limit   registers: S, P and O of 32 rows fill them, so there is one warp to a scheduler at HD 128, two or three at HD 64
 
 static void production(const Problem* p, int, cudaStream_t stream) {
-    const AttentionBackend backend = sizeof(floatX) == 2 ? ATTENTION_FLASH : ATTENTION_REFERENCE;
+    const AttentionBackend backend = sizeof(floatX) == 2 ? ATTENTION_MMA : ATTENTION_REFERENCE;
     attention_forward(backend, p->out, p->lse, p->qkv, p->s, p->scratch, stream);
 }
 

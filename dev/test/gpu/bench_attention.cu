@@ -81,8 +81,8 @@ static void bench_shape(AttentionBackend backend, AttentionShape s) {
                     attention_backward(backend, a.dqkv.x, a.dout.x, a.qkv.x, a.out.x, a.lse.x, s, a.scratch.x, a.scratch.n, 0);
                 }));
 #ifndef PRECISION_FP32
-    if (backend == ATTENTION_FLASH && s.HD == 64) bench_flash_parts<64>(s, flops, &a);
-    if (backend == ATTENTION_FLASH && s.HD == 128) bench_flash_parts<128>(s, flops, &a);
+    if (backend == ATTENTION_MMA && s.HD == 64) bench_flash_parts<64>(s, flops, &a);
+    if (backend == ATTENTION_MMA && s.HD == 128) bench_flash_parts<128>(s, flops, &a);
 #endif
     gpu_free(&a.qkv), gpu_free(&a.dout), gpu_free(&a.out), gpu_free(&a.dqkv), gpu_free(&a.lse), gpu_free(&a.scratch);
 }

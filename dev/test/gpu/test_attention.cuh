@@ -19,7 +19,7 @@ static size_t attention_v(AttentionShape s) { return (size_t)(s.NH + s.NKV) * s.
 
 static bool attention_accepts(AttentionBackend backend, AttentionShape s) {
     Error why;
-    if (gpu_ours && backend != ATTENTION_FLASH) return false;
+    if (gpu_ours && backend != ATTENTION_MMA && backend != ATTENTION_HOPPER) return false;
     return attention_built_with(backend) && attention_supports(backend, s, true, &why);
 }
 
@@ -88,12 +88,12 @@ static void attention_check_backend(AttentionBackend backend, AttentionShape s, 
 
 // flash against the reference, on the GPU alone: shapes that take the CPU too long
 static void attention_check_flash(AttentionShape s) {
-    if (!attention_accepts(ATTENTION_FLASH, s)) return;
+    if (!attention_accepts(ATTENTION_MMA, s)) return;
     char name[96], label[128];
     snprintf(name, sizeof name, "flash and reference B %d T %d NH %d NKV %d HD %d", s.B, s.T, s.NH, s.NKV, s.HD);
     GpuArray qkv = gpu_random(attention_rows(s) * attention_row(s), 3, 1), dout = gpu_random(attention_rows(s) * attention_k(s), 7, 1);
-    AttentionResult a = attention_result(ATTENTION_FLASH, &qkv, &dout, s), b = attention_result(ATTENTION_REFERENCE, &qkv, &dout, s),
-                    again = attention_result(ATTENTION_FLASH, &qkv, &dout, s);
+    AttentionResult a = attention_result(ATTENTION_MMA, &qkv, &dout, s), b = attention_result(ATTENTION_REFERENCE, &qkv, &dout, s),
+                    again = attention_result(ATTENTION_MMA, &qkv, &dout, s);
     float *out = gpu_read(&b.out, 0, b.out.n), *lse = gpu_read(&b.lse, 0, b.lse.n);
     float *got = gpu_read(&a.dqkv, 0, a.dqkv.n), *want = gpu_read(&b.dqkv, 0, b.dqkv.n);
     snprintf(label, sizeof label, "%s out", name), gpu_check(label, a.out, out, a.out.n, gpu_tolerance(2 * ATTENTION_OUT));
@@ -174,14 +174,14 @@ static void attention_test_large_index(void) {
     const AttentionShape s = { 11200, 64, 32, 8, 64 }, one = { 1, 64, 32, 8, 64 };
     const size_t n = attention_rows(s) * attention_row(s), n_out = attention_rows(s) * attention_k(s), n_lse = attention_rows(s) * s.NH;
     const size_t last = n - n / s.B, last_out = n_out - n_out / s.B, last_lse = n_lse - n_lse / s.B;
-    if (gpu_reduced || !attention_accepts(ATTENTION_FLASH, s) || !gpu_has_room("attention large index", 4 * (n + n_out) + 8 * n_lse))
+    if (gpu_reduced || !attention_accepts(ATTENTION_MMA, s) || !gpu_has_room("attention large index", 4 * (n + n_out) + 8 * n_lse))
         return;
     GpuArray qkv = gpu_poison(n), dout = gpu_poison(n_out), out = gpu_poison(n_out), dqkv = gpu_poison(n);
     GpuFloats lse = gpu_poison_floats(n_lse);
-    GpuBytes scratch = gpu_scratch(attention_scratch(ATTENTION_FLASH, s, true));
+    GpuBytes scratch = gpu_scratch(attention_scratch(ATTENTION_MMA, s, true));
     gpu_fill(&qkv, 0, n, 3, 1), gpu_fill(&dout, 0, n_out, 7, 1);
-    attention_forward(ATTENTION_FLASH, out.x, lse.x, qkv.x, s, scratch.x, 0);
-    attention_backward(ATTENTION_FLASH, dqkv.x, dout.x, qkv.x, out.x, lse.x, s, scratch.x, scratch.n, 0);
+    attention_forward(ATTENTION_MMA, out.x, lse.x, qkv.x, s, scratch.x, 0);
+    attention_backward(ATTENTION_MMA, dqkv.x, dout.x, qkv.x, out.x, lse.x, s, scratch.x, scratch.n, 0);
     float *x = gpu_read(&qkv, last, n - last), *dy = gpu_read(&dout, last_out, n_out - last_out);
     float *y = gpu_read(&out, last_out, n_out - last_out), *l = gpu_read(&lse, last_lse, n_lse - last_lse);
     float *want = (float*)allocate(n_out - last_out, sizeof *x), *gradients = (float*)allocate(n - last, sizeof *x);
