@@ -20,6 +20,7 @@ In llmc         nothing is permuted, which is faster than any row of the table. 
 #define YARDSTICK "head_run_per_block" // nothing ships: the row that the others are measured by
 #include "bench.cuh"
 #include "llmc/hopper.cuh"
+#include "streams.cuh"
 
 // clang-format off
 static const Shape shapes[] = {
@@ -159,9 +160,9 @@ static __global__ void packs_kernel(floatX* to, const floatX* from, Heads s, uns
     const size_t apart = s.apart((int)b, (int)(row - b * s.T), (int)(head - row * H)) + (i - head * P) * PACK;
     const size_t packed = (size_t)i * PACK;
     if (MERGE)
-        pack_store_once(to + packed, pack_load_once(from + apart));
+        pack_store(to + packed, pack_load(from + apart));
     else
-        pack_store_once(to + apart, pack_load_once(from + packed));
+        pack_store(to + apart, pack_load(from + packed));
 }
 
 template <bool MERGE>
@@ -197,12 +198,12 @@ static __global__ void token_per_block_kernel(floatX* to, const floatX* from, He
         for (int j = 0; j < IN_FLIGHT; j++) {
             const int p = first + j * blockDim.x, h = p / P;
             apart[j] = s.apart(b, t, h) + (p - h * P) * PACK;
-            if (p < packs) v[j] = __ldcs((const int4*)(from + (MERGE ? apart[j] : row + p * PACK)));
+            if (p < packs) v[j] = hint_load<KEEP>((const int4*)(from + (MERGE ? apart[j] : row + p * PACK)));
         }
 #pragma unroll
         for (int j = 0; j < IN_FLIGHT; j++) {
             const int p = first + j * blockDim.x;
-            if (p < packs) __stcs((int4*)(to + (MERGE ? row + p * PACK : apart[j])), v[j]);
+            if (p < packs) hint_store<KEEP>((int4*)(to + (MERGE ? row + p * PACK : apart[j])), v[j]);
         }
     }
 }
@@ -234,11 +235,11 @@ static __global__ void head_run_kernel(floatX* to, const floatX* from, Heads s) 
 #pragma unroll
     for (int j = 0; j < IN_FLIGHT; j++)
         if (first + j * at_once < s.T)
-            v[j] = __ldcs((const int4*)(from + (MERGE ? apart + j * apart_step : packed + j * packed_step)));
+            v[j] = hint_load<KEEP>((const int4*)(from + (MERGE ? apart + j * apart_step : packed + j * packed_step)));
 #pragma unroll
     for (int j = 0; j < IN_FLIGHT; j++)
         if (first + j * at_once < s.T)
-            __stcs((int4*)(to + (MERGE ? packed + j * packed_step : apart + j * apart_step)), v[j]);
+            hint_store<KEEP>((int4*)(to + (MERGE ? packed + j * packed_step : apart + j * apart_step)), v[j]);
 }
 
 template <bool MERGE>

@@ -338,7 +338,7 @@ __device__ __forceinline__ T packs_sum(const floatX* x, size_t n) {
         int4 v[PACKS] = {};
 #pragma unroll
         for (int j = 0; j < PACKS; j++)
-            if (i + j * stride < packs) v[j] = __ldcs((const int4*)x + i + j * stride);
+            if (i + j * stride < packs) v[j] = ((const int4*)x)[i + j * stride];
 #pragma unroll
         for (int j = 0; j < PACKS; j++) {
             PackX pack;

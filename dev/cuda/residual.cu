@@ -15,6 +15,7 @@ Metrics         l1tex__average_t_sectors_per_request… (how many sectors a requ
 #define YARDSTICK "packs" // no module of llmc adds two arrays alone: the row that the others are measured by
 #include "bench.cuh"
 #include "bulk.cuh"
+#include "streams.cuh"
 
 // clang-format off
 static const Shape shapes[] = {
@@ -80,41 +81,37 @@ static void scalar(const Problem* p, int block, cudaStream_t stream) {
 
 // ---- packs -----------------------------------------------------------------------------------
 // idea    16 bytes to a thread: 8 numbers for the price of one, 512 bytes to a request, 64 KB of loads under way
-// limit   a thread has two loads, one addition and one store: its block is over as soon as it has begun, and while the last
-//         of its warps store, their places on the multiprocessor load nothing
+// limit   memory, it turns out. What might be left to gain: a thread has two loads, one addition and one store, and while the last
+//         warps of a block store, their places on the multiprocessor load nothing
 
-__device__ __forceinline__ PackX add_packs(PackX a, PackX b) {
-    for (int k = 0; k < PACK; k++) a.set(k, a.get(k) + b.get(k));
-    return a;
+__device__ __forceinline__ int4 add_packs(int4 a, int4 b) {
+    Widened<int4> x = widen(a);
+    const Widened<int4> y = widen(b);
+    for (int k = 0; k < PACK; k++) x.x[k] += y.x[k];
+    return narrow<int4>(x);
 }
 
 static __global__ void packs_kernel(floatX* y, const floatX* a, const floatX* b, size_t n) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
-    if (i < n) pack_store(y + i, add_packs(pack_load(a + i), pack_load(b + i)));
+    if (i >= n) return;
+    const int4 v = hint_load<KEEP>((const int4*)(a + i)), w = hint_load<KEEP>((const int4*)(b + i));
+    hint_store<KEEP>((int4*)(y + i), add_packs(v, w));
 }
 
 static void packs(const Problem* p, int block, cudaStream_t stream) {
-    packs_kernel<<<(unsigned)ceil_div((int64_t)p->n, (int64_t)block * PACK), block, 0, stream>>>(p->y, p->a, p->b,
-                                                                                                 p->n);
+    const int64_t blocks = ceil_div((int64_t)p->n, (int64_t)block * PACK);
+    packs_kernel<<<(unsigned)blocks, block, 0, stream>>>(p->y, p->a, p->b, p->n);
     launch_check();
 }
 
 // ---- packs_in_flight -------------------------------------------------------------------------
 // idea    four packs of either array to a thread, a block's width apart, all loads before the first store: a quarter of the
 //         blocks, four times the bytes under way
-// limit   what is written once and read once still takes turns with all else in the L2 cache
+// limit   there were enough under way before. What is left is how the L2 cache shares memory between reading and writing
 
 enum { IN_FLIGHT = 4 };
 
-// a pack that waits stays 16 bytes; taken apart, it would fill twice the registers
-__device__ __forceinline__ int4 bits_load(const floatX* p) { return *reinterpret_cast<const int4*>(p); }
-__device__ __forceinline__ PackX unpack(int4 bits) {
-    PackX v;
-    memcpy(&v, &bits, 16);
-    return v;
-}
-
-template <bool ONCE>
+template <Hint HINT>
 static __global__ void in_flight_kernel(floatX* y, const floatX* a, const floatX* b, size_t n) {
     const size_t first = ((size_t)blockIdx.x * IN_FLIGHT * blockDim.x + threadIdx.x) * PACK, step = blockDim.x * PACK;
     int4 v[IN_FLIGHT] = {}, w[IN_FLIGHT] = {};
@@ -122,37 +119,33 @@ static __global__ void in_flight_kernel(floatX* y, const floatX* a, const floatX
     for (int j = 0; j < IN_FLIGHT; j++) {
         const size_t i = first + j * step;
         if (i >= n) continue;
-        v[j] = ONCE ? __ldcs((const int4*)(a + i)) : bits_load(a + i);
-        w[j] = ONCE ? __ldcs((const int4*)(b + i)) : bits_load(b + i);
+        v[j] = hint_load<HINT>((const int4*)(a + i));
+        w[j] = hint_load<HINT>((const int4*)(b + i));
     }
 #pragma unroll
     for (int j = 0; j < IN_FLIGHT; j++) {
         const size_t i = first + j * step;
-        if (i >= n) continue;
-        const PackX sum = add_packs(unpack(v[j]), unpack(w[j]));
-        if (ONCE)
-            pack_store_once(y + i, sum);
-        else
-            pack_store(y + i, sum);
+        if (i < n) hint_store<HINT>((int4*)(y + i), add_packs(v[j], w[j]));
     }
 }
 
-template <bool ONCE>
+template <Hint HINT>
 static void in_flight(const Problem* p, int block, cudaStream_t stream) {
     const int64_t blocks = ceil_div((int64_t)p->n, (int64_t)block * IN_FLIGHT * PACK);
-    in_flight_kernel<ONCE><<<(unsigned)blocks, block, 0, stream>>>(p->y, p->a, p->b, p->n);
+    in_flight_kernel<HINT><<<(unsigned)blocks, block, 0, stream>>>(p->y, p->a, p->b, p->n);
     launch_check();
 }
 
 // ---- once ------------------------------------------------------------------------------------
 // idea    the same, with loads and stores marked as seen once (ld.global.cs, st.global.cs): their lines leave the L2 cache
-//         first. in_flight_kernel<true>
-// limit   the cache has nothing better to keep here; in a training step the next kernel would have found y in it
+//         first. in_flight_kernel<ONCE>
+// limit   a step back: what is written goes to memory at once, between the reads, instead of waiting in the cache until much of it
+//         can be written together. In a training step the next kernel would have found y there, too
 
 // ---- resident --------------------------------------------------------------------------------
 // idea    only as many blocks as run at a time, which walk the arrays: none is ever launched into a half-empty
 //         multiprocessor, and the loads of the next turn are under way while this one is stored
-// limit   registers: what is under way has its place reserved there, for both arrays and both turns
+// limit   blocks come and go at no cost that could be saved; those that stay fall out of step, and their turns cost instructions
 
 static __global__ void __launch_bounds__(512, 2)
     resident_kernel(floatX* y, const floatX* a, const floatX* b, size_t n) {
@@ -161,7 +154,7 @@ static __global__ void __launch_bounds__(512, 2)
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     int4 v[LOADS] = {}, w[LOADS] = {};
     auto fetch = [&](int j, size_t at) {
-        if (at < n) v[j] = bits_load(a + at), w[j] = bits_load(b + at);
+        if (at < n) v[j] = hint_load<KEEP>((const int4*)(a + at)), w[j] = hint_load<KEEP>((const int4*)(b + at));
     };
 #pragma unroll
     for (int j = 0; j < LOADS; j++) fetch(j, i + j * stride);
@@ -169,15 +162,15 @@ static __global__ void __launch_bounds__(512, 2)
 #pragma unroll
         for (int j = 0; j < LOADS; j++) {
             const size_t at = i + j * stride;
-            const PackX sum = add_packs(unpack(v[j]), unpack(w[j]));
+            const int4 sum = add_packs(v[j], w[j]);
             fetch(j, at + LOADS * stride); // places of this thread alone
-            if (at < n) pack_store(y + at, sum);
+            if (at < n) hint_store<KEEP>((int4*)(y + at), sum);
         }
 }
 
 static void resident(const Problem* p, int block, cudaStream_t stream) {
-    const int64_t most = (int64_t)gpu_processors() * (1024 / block),
-                  blocks = ceil_div((int64_t)p->n, (int64_t)block * PACK);
+    const int64_t most = (int64_t)gpu_processors() * (1024 / block);
+    const int64_t blocks = ceil_div((int64_t)p->n, (int64_t)block * PACK);
     resident_kernel<<<(unsigned)(blocks < most ? blocks : most), block, 0, stream>>>(p->y, p->a, p->b, p->n);
     launch_check();
 }
@@ -220,8 +213,8 @@ static __global__ void __launch_bounds__(ENGINE_THREADS)
         char* stage = stages + i % STAGES * 2 * STAGE_BYTES;
         mbarrier_wait(shared_address(&full[i % STAGES]), i / STAGES % 2);
         for (uint32_t at = threadIdx.x * 16; at < bytes(i); at += ENGINE_THREADS * 16) {
-            floatX* sum = (floatX*)(stage + at);
-            pack_store(sum, add_packs(pack_load(sum), pack_load((const floatX*)(stage + STAGE_BYTES + at))));
+            int4* sum = (int4*)(stage + at);
+            *sum = add_packs(*sum, *(const int4*)(stage + STAGE_BYTES + at));
         }
         fence_async();
         __syncthreads(); // the sums are there, and nobody reads the stage before this one any more
@@ -253,8 +246,8 @@ static const char* hopper_only(const Problem*) { return hopper_refuses(); }
 static const Variant<Problem> variants[] = {
     { "scalar",          scalar,           { 128, 256, 512 },  "a thread for each number" },
     { "packs",           packs,            { 128, 256, 512 },  "16 bytes to a thread" },
-    { "packs_in_flight", in_flight<false>, { 128, 256, 512 },  "four packs of either array, loads before stores" },
-    { "once",            in_flight<true>,  { 128, 256, 512 },  "marked as seen once in the L2 cache" },
+    { "packs_in_flight", in_flight<KEEP>, { 128, 256, 512 },  "four packs of either array, loads before stores" },
+    { "once",            in_flight<ONCE>,  { 128, 256, 512 },  "marked as seen once in the L2 cache" },
     { "resident",        resident,         { 128, 256, 512 },  "blocks stay and fetch ahead" },
     { "copy_engine",     copy_engine,      { 0 },              "TMA moves all bytes, three blocks with four stages of 2 x 8 KB", hopper_only },
 };

@@ -27,6 +27,7 @@ In llmc         never alone: within cross_entropy (llmc/cross_entropy.h), whose 
 #include "bench.cuh"
 #include "llmc/cross_entropy.h"
 #include "llmc/softmax.h"
+#include "streams.cuh"
 
 // clang-format off
 static const Shape shapes[] = {
@@ -184,6 +185,12 @@ __device__ __forceinline__ PackX pack_powers(PackX v, float top, float factor) {
     return v;
 }
 
+__device__ __forceinline__ void store_pack(floatX* p, PackX v) {
+    int4 bits;
+    memcpy(&bits, &v, 16);
+    hint_store<KEEP>((int4*)p, bits);
+}
+
 __device__ __forceinline__ void add_pack(CrossEntropySum& s, PackX v) {
     float x[PACK];
     for (int k = 0; k < PACK; k++) x[k] = v.get(k);
@@ -199,7 +206,7 @@ static __global__ void packs_kernel(floatX* y, const floatX* x, int V) {
     s = block_combine(s);
     const float factor = 1 / s.sum;
 #pragma unroll 4
-    for (int v = first; v < V; v += step) pack_store_once(y + v, pack_powers(pack_load_once(x + v), s.top, factor));
+    for (int v = first; v < V; v += step) store_pack(y + v, pack_powers(pack_load(x + v), s.top, factor));
 }
 
 static void packs(const Problem* p, int block, cudaStream_t stream) {
@@ -221,7 +228,7 @@ static __global__ void row_in_shared_kernel(floatX* y, const floatX* x, int V) {
     CrossEntropySum s = { -FLT_MAX, 0 };
 #pragma unroll 4
     for (int p = threadIdx.x; p < packs; p += blockDim.x) {
-        const PackX v = pack_load_once(x + (size_t)p * PACK);
+        const PackX v = pack_load(x + (size_t)p * PACK);
         pack_store((floatX*)(row + p), v);
         add_pack(s, v);
     }
@@ -229,7 +236,7 @@ static __global__ void row_in_shared_kernel(floatX* y, const floatX* x, int V) {
     const float factor = 1 / s.sum;
 #pragma unroll 4
     for (int p = threadIdx.x; p < packs; p += blockDim.x)
-        pack_store_once(y + (size_t)p * PACK, pack_powers(pack_load((const floatX*)(row + p)), s.top, factor));
+        store_pack(y + (size_t)p * PACK, pack_powers(pack_load((const floatX*)(row + p)), s.top, factor));
 }
 
 static int most_shared(void) {
@@ -266,7 +273,7 @@ __device__ __forceinline__ void held_row(floatX* y, const floatX* x, int V, int 
     int4 held[HELD] = {};
 #pragma unroll
     for (int i = 0; i < HELD; i++)
-        if (first + i * stride < packs) held[i] = __ldcs((const int4*)x + first + i * stride);
+        if (first + i * stride < packs) held[i] = hint_load<KEEP>((const int4*)x + first + i * stride);
     CrossEntropySum s = { -FLT_MAX, 0 };
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
@@ -285,7 +292,7 @@ __device__ __forceinline__ void held_row(floatX* y, const floatX* x, int V, int 
                      : "+r"(held[i].x), "+r"(held[i].y), "+r"(held[i].z), "+r"(held[i].w)); // and packs unpacked again
         PackX v;
         memcpy(&v, &held[i], 16);
-        pack_store_once(y + (size_t)(first + i * stride) * PACK, pack_powers(v, s.top, factor));
+        store_pack(y + (size_t)(first + i * stride) * PACK, pack_powers(v, s.top, factor));
     }
 }
 

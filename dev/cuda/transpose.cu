@@ -15,9 +15,10 @@ Metrics         l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_ld a
 In llmc         nothing is transposed in memory: the matrix products read either order (cuBLASLt by its flags, our attention by
                 ldmatrix.trans), and that is the fastest transpose of all
 */
-#define YARDSTICK "registers" // nothing ships: the row that the others are measured by
+#define YARDSTICK "packs" // nothing ships: the row that the others are measured by
 #include "bench.cuh"
 #include "llmc/hopper.cuh"
+#include "streams.cuh"
 
 // clang-format off
 static const Shape shapes[] = {
@@ -27,6 +28,7 @@ static const Shape shapes[] = {
     { .name = "one pack", .small = true, .N = 8, .C = 8 },
     { .name = "odd packs", .small = true, .N = 72, .C = 264 },
     { .name = "tall", .small = true, .N = 1000, .C = 40 },
+    { .name = "wide", .small = true, .N = 136, .C = 1304 },
     { .name = "no packs", .small = true, .N = 131, .C = 37 },
 };
 // clang-format on
@@ -64,6 +66,12 @@ static double flops(const Problem*) { return 0; }
 // the blocks of a grid whose blocks have `across` columns and `down` rows of x: x walks the columns
 static dim3 tiles(const Problem* p, int across, int down) {
     return dim3((unsigned)ceil_div(p->C, across), (unsigned)ceil_div(p->N, down));
+}
+
+__device__ __forceinline__ void store_pack(floatX* p, PackX v) {
+    int4 bits;
+    memcpy(&bits, &v, 16);
+    hint_store<KEEP>((int4*)p, bits);
 }
 
 // ---- coalesced_reads -------------------------------------------------------------------------
@@ -173,24 +181,72 @@ static void tiled(const Problem* p, int block, cudaStream_t stream) {
 // idea    column c of row r is kept at c xor r: rows stay 32 long, rows and columns both cross all banks. tiled_kernel<SWIZZLED>
 // limit   a warp moves 64 bytes of bf16 at a time, one number a lane: half of a line
 
+// ---- registers -------------------------------------------------------------------------------
+// idea    16 bytes to a thread on both sides: it transposes a square of PACK x PACK on its own, PACK loads, one from each row, and
+//         PACK stores; between them lie byte permutations of its registers. No shared memory, no barrier, 128 bytes under way a
+//         thread. A warp has 4 squares across x and 8 down: 64 bytes of a row read, 128 of a row written
+// limit   half lines: the other half is read by another warp, when it comes to it
+
+template <int ACROSS>
+static __global__ void __launch_bounds__(256, 4) registers_kernel(floatX* y, const floatX* x, int N, int C) {
+    enum { DOWN = WARP / ACROSS };
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const int c = ((blockIdx.x * warps + warp) * ACROSS + lane / DOWN) * PACK,
+              n = (blockIdx.y * DOWN + lane % DOWN) * PACK;
+    if (c >= C || n >= N) return;
+    PackX in[PACK];
+#pragma unroll
+    for (int j = 0; j < PACK; j++) in[j] = pack_load(x + (size_t)(n + j) * C + c);
+#pragma unroll
+    for (int k = 0; k < PACK; k++) {
+        PackX out;
+#pragma unroll
+        for (int j = 0; j < PACK; j++) out.x[j] = in[j].x[k];
+        store_pack(y + (size_t)(c + k) * N + n, out);
+    }
+}
+
+static void registers(const Problem* p, int block, cudaStream_t stream) {
+    enum { ACROSS = 4 };
+    const dim3 grid = tiles(p, block / WARP * ACROSS * PACK, WARP / ACROSS * PACK);
+    registers_kernel<ACROSS><<<grid, block, 0, stream>>>(p->y, p->x, p->N, p->C);
+    launch_check();
+}
+
+static const char* whole_packs(const Problem* p) {
+    return p->N % PACK || p->C % PACK ? "N and C are to be multiples of 16 bytes" : NULL;
+}
+
 // ---- packs -----------------------------------------------------------------------------------
-// idea    16 bytes to a thread on both sides: a square of 8 x 8 packs' worth of rows, 128 bytes long each, read by 8 lanes and
-//         written by 8. In between a thread collects its pack number by number; pack q of row r is kept at q xor (r / PACK), so
-//         that the 8 lanes of one column, PACK rows apart, meet 8 different places
-// limit   8 loads from shared memory (bf16) for one 16-byte store, and a barrier between reading and writing
+// idea    shared memory again, in packs: a square whose rows are 8 packs long, 128 bytes, on both sides; 8 lanes read one and 8
+//         lanes write one. In between a thread collects its pack number by number; pack q of row r is kept at q xor (r / PACK),
+//         so that the 8 lanes of one column, PACK rows apart, meet 8 different places
+// limit   the blocks that run at the same time are neighbours along the rows of x: what they write are short pieces, 2 KB or so, of
+//         many rows of y
 
 // numbers along either side of the square; packs of it for each thread
-enum { SIDE = 8 * PACK, PACKS_THREADS = 256, PACKS_EACH = SIDE * 8 / PACKS_THREADS };
+enum { SIDE = 8 * PACK, PACKS_THREADS = 256, PACKS_EACH = SIDE * 8 / PACKS_THREADS, STRIP = 16 };
 
+// which square this block has. STRIPS: they are numbered in strips STRIP squares wide, each from top to bottom
+template <bool STRIPS>
+__device__ __forceinline__ int2 square_of_block(void) {
+    if (!STRIPS) return int2{ (int)blockIdx.x, (int)blockIdx.y };
+    const int i = (int)(blockIdx.y * gridDim.x + blockIdx.x), strip = i / (int)(STRIP * gridDim.y);
+    const int rest = i - strip * (int)(STRIP * gridDim.y), wide = min((int)STRIP, (int)gridDim.x - strip * STRIP);
+    return int2{ strip * STRIP + rest % wide, rest / wide };
+}
+
+template <bool STRIPS>
 static __global__ void __launch_bounds__(PACKS_THREADS) packs_kernel(floatX* y, const floatX* x, int N, int C) {
     __shared__ __align__(16) floatX tile[SIDE * SIDE];
-    const int n0 = blockIdx.y * SIDE, c0 = blockIdx.x * SIDE;
+    const int2 square = square_of_block<STRIPS>();
+    const int n0 = square.y * SIDE, c0 = square.x * SIDE;
 #pragma unroll
     for (int j = 0; j < PACKS_EACH; j++) {
         const int i = threadIdx.x + j * PACKS_THREADS, row = i / 8, q = i % 8;
         if (n0 + row < N && c0 + q * PACK < C)
             pack_store(tile + row * SIDE + (q ^ row / PACK) * PACK,
-                       pack_load_once(x + (size_t)(n0 + row) * C + c0 + q * PACK));
+                       pack_load(x + (size_t)(n0 + row) * C + c0 + q * PACK));
     }
     __syncthreads();
 #pragma unroll
@@ -201,50 +257,20 @@ static __global__ void __launch_bounds__(PACKS_THREADS) packs_kernel(floatX* y, 
 #pragma unroll
         for (int k = 0; k < PACK; k++)
             out.x[k] = tile[(q * PACK + k) * SIDE + (column / PACK ^ q) * PACK + column % PACK];
-        pack_store_once(y + (size_t)(c0 + column) * N + n0 + q * PACK, out);
+        store_pack(y + (size_t)(c0 + column) * N + n0 + q * PACK, out);
     }
 }
 
+template <bool STRIPS>
 static void packs(const Problem* p, int, cudaStream_t stream) {
-    packs_kernel<<<tiles(p, SIDE, SIDE), PACKS_THREADS, 0, stream>>>(p->y, p->x, p->N, p->C);
+    packs_kernel<STRIPS><<<tiles(p, SIDE, SIDE), PACKS_THREADS, 0, stream>>>(p->y, p->x, p->N, p->C);
     launch_check();
 }
 
-static const char* whole_packs(const Problem* p) {
-    return p->N % PACK || p->C % PACK ? "N and C are to be multiples of 16 bytes" : NULL;
-}
-
-// ---- registers -------------------------------------------------------------------------------
-// idea    a thread transposes a square of PACK x PACK on its own: PACK loads of 16 bytes, one from each row, and PACK stores; what
-//         lies between is byte permutations of its registers. No shared memory, no barrier, 128 bytes under way a thread. A
-//         warp has 4 squares across x and 8 down: 64 bytes of a row read, 128 of a row written
-// limit   memory; reads come in half lines, whose other half the warp beside it asks for
-
-template <int ACROSS>
-static __global__ void __launch_bounds__(256, 5) registers_kernel(floatX* y, const floatX* x, int N, int C) {
-    enum { DOWN = WARP / ACROSS };
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const int c = ((blockIdx.x * warps + warp) * ACROSS + lane / DOWN) * PACK,
-              n = (blockIdx.y * DOWN + lane % DOWN) * PACK;
-    if (c >= C || n >= N) return;
-    PackX in[PACK];
-#pragma unroll
-    for (int j = 0; j < PACK; j++) in[j] = pack_load_once(x + (size_t)(n + j) * C + c);
-#pragma unroll
-    for (int k = 0; k < PACK; k++) {
-        PackX out;
-#pragma unroll
-        for (int j = 0; j < PACK; j++) out.x[j] = in[j].x[k];
-        pack_store_once(y + (size_t)(c + k) * N + n, out);
-    }
-}
-
-static void registers(const Problem* p, int block, cudaStream_t stream) {
-    enum { ACROSS = 4 };
-    const dim3 grid = tiles(p, block / WARP * ACROSS * PACK, WARP / ACROSS * PACK);
-    registers_kernel<ACROSS><<<grid, block, 0, stream>>>(p->y, p->x, p->N, p->C);
-    launch_check();
-}
+// ---- strips ----------------------------------------------------------------------------------
+// idea    the same squares in another order: strips of 16 across, so that the thousand blocks that run at a time are 16 squares
+//         wide and 60 high: pieces of 2 KB are read and of 8 KB written. packs_kernel<true>
+// limit   memory, which turns round between reading and writing
 
 // ---- copy_engine -----------------------------------------------------------------------------
 // idea    Hopper's copy engine brings squares of 64 x 64 and takes them back (TMA, already swizzled), and the instructions made for
@@ -321,8 +347,9 @@ static const Variant<Problem> variants[] = {
     { "tiled",            tiled<PLAIN>,        { 128, 256, 512 },  "a square in shared memory: rows on both sides" },
     { "padded",           tiled<PADDED>,       { 128, 256, 512 },  "its rows are one number longer: no bank conflicts" },
     { "swizzled",         tiled<SWIZZLED>,     { 128, 256, 512 },  "column c of row r at c xor r: none either, nothing wasted" },
-    { "packs",            packs,               { 0 },              "16 bytes on both sides, swizzled in packs", whole_packs },
     { "registers",        registers,           { 64, 128, 256 },   "a square of packs to a thread: no shared memory", whole_packs },
+    { "packs",            packs<false>,        { 0 },              "16 bytes, whole lines on both sides, swizzled in packs", whole_packs },
+    { "strips",           packs<true>,         { 0 },              "the squares in strips of 16: longer pieces of y at a time", whole_packs },
 #ifndef PRECISION_FP32
     { "copy_engine",      copy_engine,         { 0 },              "TMA, ldmatrix.trans, stmatrix", hopper_packs },
 #endif
