@@ -371,6 +371,9 @@ def command_write(options):
         for (dtype, shape), table in tables.items():
             text += f"\n## {dtype}, {shape}\n\n{head_of(table)}\n\n{table_text(table)}"
         (folder / f"{op}.md").write_text(text)
+    for (name, _), program in programs.items():
+        if program.get("text") and program["code"] == 0:  # no table of rows: what it printed
+            (folder / f"{name}.md").write_text(f"# {name}\n\n{origin}.\n\n```\n{program['text'].strip()}\n```\n")
     copy = folder / "results.jsonl"
     if copy.resolve() != Path(options.results).resolve():
         copy.write_text(Path(options.results).read_text(errors="replace"))

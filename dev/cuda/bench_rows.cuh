@@ -420,7 +420,7 @@ static inline BenchFigures bench_figures(const BenchRun* run) {
         const BenchCandidate* v = &run->candidates[i];
         const int rank = bench_rank(v);
         if (!run->rows[i].timed) continue;
-        if (run->flops > 0 && rank == 1) f.peak_us = run->rows[i].us;
+        if (run->flops > 0 && strcmp(v->name, run->yardstick) == 0) f.peak_us = run->rows[i].us;
         if (rank < best) best = rank, f.reference = v->name, f.reference_us = run->rows[i].us;
     }
     return f;
