@@ -13,6 +13,8 @@ multiply-add, first from L2, then from shared memory:
 
 A multiprocessor multiplies 128 pairs of floats a cycle and reads 128 bytes of shared memory a cycle: 32 numbers, fewer when
 lanes hit the same bank. Sums are in fp32; the order of a sum depends on the shape alone.
+
+The figures at each rung: fp32, 4096 x 4096 x 4096 on an H200, and the ratio to cublasSgemm in the same run (50.8 TFLOP/s).
 */
 #pragma once
 
@@ -64,7 +66,7 @@ static const char* refuses_five_tflops(const P* p) {
 }
 
 // ---- naive -----------------------------------------------------------------------------------
-// idea     one thread an output: the CPU's loop without the two outer ones
+// idea     one thread an output: the CPU's loop without the two outer ones. 0.5 TFLOP/s (at 1024 cubed, 0.02 there)
 // limit    the lanes of a warp have 32 rows of a: each load fetches 32 sectors to use 2 or 4 bytes of each, and the caches
 //          have to keep the rest until the next k
 
@@ -85,7 +87,7 @@ static void naive(const P* p, int block, cudaStream_t stream) {
 }
 
 // ---- coalesced -------------------------------------------------------------------------------
-// idea     one warp an output, its lanes side by side along k: every sector fetched is used whole, at once
+// idea     one warp an output, its lanes side by side along k: every sector fetched is used whole, at once. 6.6 TFLOP/s, 0.13
 // limit    nothing that is fetched serves a second output of the warp: 2 numbers from L1 or L2 for each multiply-add
 
 static __global__ void coalesced_kernel(floatX* y, const floatX* a, const floatX* b, int M, int N, int K) {
@@ -106,7 +108,7 @@ static void coalesced(const P* p, int block, cudaStream_t stream) {
 
 // ---- shared_tile -----------------------------------------------------------------------------
 // idea     a block computes 32 x 32 outputs from tiles of 32 x 32 numbers in shared memory: each number fetched serves 32
-//          outputs. Rows of 33 floats, so that 32 lanes on 32 rows meet 32 banks
+//          outputs. Rows of 33 floats, so that 32 lanes on 32 rows meet 32 banks. 6.9 TFLOP/s, 0.14
 // limit    2 reads of shared memory for one multiply-add: a multiprocessor can feed 16 to 32 lanes a cycle of its 128
 
 enum { SQUARE = 32 };
@@ -138,7 +140,8 @@ static void shared_tile(const P* p, int, cudaStream_t stream) {
 
 // ---- register_tile ---------------------------------------------------------------------------
 // idea     a block computes 128 x 128 outputs, each of its 256 threads 8 x 8 of them in registers: 16 reads of shared memory
-//          for 64 multiply-adds. Tiles lie k by k, so that a warp's reads are neighbours or one broadcast
+//          for 64 multiply-adds. Tiles lie k by k, so that a warp's reads are neighbours or one broadcast.
+//          23.3 TFLOP/s, 0.46
 // limit    instructions: numbers come one by one, 16 loads for 64 multiply-adds, and as many again to fill the tiles
 
 enum {
@@ -199,7 +202,8 @@ static void register_tile(const P* p, int, cudaStream_t stream) {
 
 // ---- vectors ---------------------------------------------------------------------------------
 // idea     16 bytes an instruction: from memory along k, from shared memory along the rows. A thread has 2 x 2 squares of 4 x 4
-//          outputs, a warp 8 threads along n and 4 along m: its 8 vectors of b are 128 bytes in a row, one cycle
+//          outputs, a warp 8 threads along n and 4 along m: its 8 vectors of b are 128 bytes in a row, one cycle. 43.4 TFLOP/s,
+//          0.85
 // limit    every tile is fetched, then waited for, then used: memory and multipliers take turns
 
 enum {
@@ -308,7 +312,7 @@ static void vectors(const P* p, int, cudaStream_t stream) {
 
 // ---- double_buffer ---------------------------------------------------------------------------
 // idea     the next tile is on its way to registers while this one is multiplied, and goes to a second buffer: one barrier a
-//          tile, and memory's latency is hidden behind 1024 multiply-adds a thread
+//          tile, and memory's latency is hidden behind 1024 multiply-adds a thread. 46.4 TFLOP/s, 0.91
 // limit    the multipliers themselves: 64 FFMA to 4 loads. bf16 gains nothing here from being half as long but in memory
 
 static __global__ void __launch_bounds__(CORE_THREADS, 2)
