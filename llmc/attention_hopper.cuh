@@ -42,7 +42,8 @@ Backward        five products, dQ added up in the L2 cache
 Order of dQ     a counter for each tile of queries says which block of keys is next, so that the sums are the same at each run. One
                 thread waits for the turn, starts the copy engine's addition of 32 KB and passes the turn on when it is written, a
                 step later; the warpgroups only wait until the engine has read their part. A block waits for blocks with lower
-                numbers alone, which were started before it. The first one writes, so that nothing need be zeroed
+                numbers alone, and a block's number is a ticket that it draws when it starts: those it waits for are running
+                or done, in whatever order the GPU starts them. The first one writes, so that only turns and tickets are zeroed
 Overlap         S of the next step is started before dQ is taken out of its registers, dV works while dS is computed, the two
                 warpgroups meet once a step
 
@@ -436,8 +437,10 @@ struct HopperBackward {
     floatX* dqkv;
     float* dq;       // (B, NH, tiles, HOPPER_STEP)
     unsigned* turns; // (B, NH, tiles)
+    unsigned* taken; // tickets
     const float* stats;
     int T, NH, NKV, tiles; // tiles: of hopper_step(HD) queries
+    unsigned heads;        // B*NKV
     float scale;
 };
 
@@ -448,7 +451,8 @@ constexpr size_t hopper_backward_shared = sizeof(floatX) * (2 * HOPPER_KEYS * HD
                                           sizeof(float) * HOPPER_STEP + 4 * sizeof(float) * hopper_step(HD) + 128 +
                                           1024;
 
-// 128 keys of one kv head; grid (B*NKV, tiles of keys, the first first: they have most queries, and a tile of dQ waits for them)
+// 128 keys of one kv head; a block for each of B*NKV heads and each tile of keys, which its ticket names: the first tiles first,
+// they have most queries, and a tile of dQ waits for them
 template <int HD>
 __global__ void __launch_bounds__(384, 1)
     hopper_backward_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap dout_map,
@@ -462,11 +466,10 @@ __global__ void __launch_bounds__(384, 1)
                    q_tile = v_tile + KEYS_TILE, do_tile = q_tile + 2 * STEP, ds_tile = do_tile + 2 * STEP,
                    dq_tile = ds_tile + 2 * DS, stats = dq_tile + 4 * HOPPER_STEP;
     const uint32_t kv_full = stats + 2 * STATS, q_full = kv_full + 8, q_empty = q_full + 16, do_full = q_empty + 16,
-                   do_empty = do_full + 16, dq_full = do_empty + 16, dq_empty = dq_full + 8;
+                   do_empty = do_full + 16, dq_full = do_empty + 16, dq_empty = dq_full + 8, ticket = dq_empty + 8;
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), warp = threadIdx.x / WARP % 4;
-    const int g = blockIdx.x % x.NKV, b = blockIdx.x / x.NKV, j0 = (int)blockIdx.y * HOPPER_KEYS, G = x.NH / x.NKV;
-    const int first = j0 / M, steps = G * (x.tiles - first); // the first tile of queries; of all heads
     if (threadIdx.x == 0) {
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(ticket), "r"(atomicAdd(x.taken, 1)) : "memory");
         tma_prefetch(&qkv_map), tma_prefetch(&dout_map);
         mbarrier_init(kv_full, 1), mbarrier_init(dq_full, 8), mbarrier_init(dq_empty, 1);
         for (int i = 0; i < 2; i++) {
@@ -476,6 +479,12 @@ __global__ void __launch_bounds__(384, 1)
         mbarrier_init_done();
     }
     __syncthreads();
+    unsigned number;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(number) : "r"(ticket) : "memory");
+    const unsigned turn = number / x.heads; // the tile of keys
+    const int g = (int)(number % x.heads) % x.NKV, b = (int)(number % x.heads) / x.NKV, j0 = (int)turn * HOPPER_KEYS;
+    const int G = x.NH / x.NKV;
+    const int first = j0 / M, steps = G * (x.tiles - first); // the first tile of queries; of all heads
 
     if (warpgroup == 0) {
         registers_give<24>();
@@ -504,7 +513,6 @@ __global__ void __launch_bounds__(384, 1)
                 if (++tile == x.tiles) tile = first, h++;
             }
         } else if (threadIdx.x == WARP) { // adds parts of dQ to those of the blocks before
-            const unsigned turn = blockIdx.y;
             int h = g * G, tile = first;
             size_t before = 0;
             for (uint32_t i = 0; i < (uint32_t)steps; i++) {
@@ -707,16 +715,17 @@ static void hopper_backward(floatX* dqkv, const floatX* dout, const floatX* qkv,
     HopperBackward x;
     x.dqkv = dqkv, x.dq = (float*)scratch, x.T = s.T, x.NH = s.NH, x.NKV = s.NKV, x.tiles = tiles;
     float* stats = x.dq + all * HOPPER_STEP;
-    x.stats = stats, x.turns = (unsigned*)(stats + 2 * rows), x.scale = 1 / sqrtf((float)HD);
-    cuda_check(cudaMemsetAsync(x.turns, 0, all * sizeof(unsigned), stream));
+    x.stats = stats, x.turns = (unsigned*)(stats + 2 * rows), x.taken = x.turns + all;
+    x.heads = (unsigned)(s.B * s.NKV), x.scale = 1 / sqrtf((float)HD);
+    cuda_check(cudaMemsetAsync(x.turns, 0, (all + 1) * sizeof(unsigned), stream));
     hopper_prepare_kernel<HD>
         <<<(unsigned)ceil_div(rows * (HD / PACK), HOPPER_PREPARE_THREADS), HOPPER_PREPARE_THREADS, 0, stream>>>(
             stats, dout, out, lse, s.T, tiles * M, s.NH, rows);
     launch_check();
     cuda_check(cudaFuncSetAttribute(hopper_backward_kernel<HD>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)hopper_backward_shared<HD>));
-    hopper_backward_kernel<HD><<<dim3((unsigned)(s.B * s.NKV), (unsigned)ceil_div(s.T, HOPPER_KEYS)), 384,
-                                 hopper_backward_shared<HD>, stream>>>(
+    const unsigned blocks = x.heads * (unsigned)ceil_div(s.T, HOPPER_KEYS);
+    hopper_backward_kernel<HD><<<blocks, 384, hopper_backward_shared<HD>, stream>>>(
         hopper_attention_map(qkv, s.B, s.T, ld), hopper_attention_map(dout, s.B, s.T, (int64_t)s.NH * HD), x);
     launch_check();
     hopper_round_kernel<HD><<<(unsigned)all, 256, 0, stream>>>(dqkv, x.dq, s.T, tiles, s.NH, ld, x.scale);
@@ -739,11 +748,12 @@ static inline size_t hopper_backward_tiles(AttentionShape s) {
     return (size_t)s.B * s.NH * (size_t)ceil_div(s.T, hopper_step(s.HD));
 }
 
-// bytes: the counter of tasks taken; or dQ, stats and turns
+// bytes: the counter of tasks taken; or dQ, stats, turns and the counter of tickets
 static inline size_t hopper_attention_scratch(AttentionShape s, bool backward) {
     if (!backward) return sizeof(unsigned);
     return hopper_backward_tiles(s) *
-           (HOPPER_STEP * sizeof(float) + (size_t)hopper_step(s.HD) * 2 * sizeof(float) + sizeof(unsigned));
+               (HOPPER_STEP * sizeof(float) + (size_t)hopper_step(s.HD) * 2 * sizeof(float) + sizeof(unsigned)) +
+           sizeof(unsigned);
 }
 
 // overwrites out (B*T, NH*HD) and lse (B, NH, T)

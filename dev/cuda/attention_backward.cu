@@ -49,7 +49,7 @@ struct Problem {
     floatX *qkv, *out, *dout, *dqkv;
     float* lse;
     float *dot, *dq; // (B, NH, T), (B*T, NH*HD)
-    unsigned* turns; // (B, NH, tiles of 64 queries)
+    unsigned* turns; // (B, NH, tiles of 64 queries), then the counter of tickets
     char* scratch;
     size_t room; // its bytes
 };
@@ -86,7 +86,7 @@ static Problem setup(Bench* bench, const Shape* s) {
                                    2); // p and ds, as factors
     p.dot = bench->scratch<float>(n * s->NH);
     p.dq = bench->scratch<float>(n_out);
-    p.turns = (unsigned*)bench->scratch<float>((size_t)s->B * s->NH * (size_t)ceil_div(s->T, 64));
+    p.turns = (unsigned*)bench->scratch<float>((size_t)s->B * s->NH * (size_t)ceil_div(s->T, 64) + 1);
     p.room = attention_scratch(ATTENTION_REFERENCE, p.s, true);
 #ifdef USE_CUDNN
     Error why;
@@ -194,7 +194,7 @@ constexpr size_t columns_shared = (size_t)6 * COLUMNS_TILE* flash_pitch(HD) + CO
 struct Columns {
     floatX* dqkv;
     float* dq; // fp32: sums of dQ, not scaled
-    unsigned* turns;
+    unsigned *turns, *taken;
     const floatX *dout, *qkv;
     const float *lse, *dot;
     int T, NH, NKV;
@@ -208,6 +208,14 @@ __device__ __forceinline__ void add_atomic(float* to, float x, float y) {
 #else
     atomicAdd(to, x), atomicAdd(to + 1, y);
 #endif
+}
+
+// the block's number, a ticket: all blocks with lower ones have started. All threads call it
+__device__ __forceinline__ unsigned ticket_take(unsigned* taken) {
+    __shared__ unsigned ticket;
+    if (threadIdx.x == 0) ticket = atomicAdd(taken, 1);
+    __syncthreads();
+    return ticket;
 }
 
 // until blocks before this one have had their turn; all threads call it
@@ -235,7 +243,9 @@ static __global__ void __launch_bounds__(COLUMNS_THREADS, HD <= 64 ? 3 : 2) colu
     constexpr int N = COLUMNS_TILE;
     constexpr uint32_t TILE = N * flash_pitch(HD);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = c.T, G = c.NH / c.NKV;
-    const int g = blockIdx.x % c.NKV, b = blockIdx.x / c.NKV, j0 = (int)blockIdx.y * N;
+    const unsigned number = DQ == DQ_IN_ORDER ? ticket_take(c.taken) : blockIdx.y * gridDim.x + blockIdx.x;
+    const unsigned head = number % gridDim.x, turn = number / gridDim.x; // of B*NKV heads; the tile of keys
+    const int g = head % c.NKV, b = head / c.NKV, j0 = (int)turn * N;
     const size_t ld = (size_t)(c.NH + 2 * c.NKV) * HD, ldo = (size_t)c.NH * HD, row = (size_t)b * T;
     const floatX *k = c.qkv + (row + j0) * ld + (size_t)(c.NH + g) * HD, *v = k + (size_t)c.NKV * HD;
     const uint32_t k_tile = flash_shared(), v_tile = k_tile + TILE, q_tile = v_tile + TILE, do_tile = q_tile + 2 * TILE,
@@ -306,7 +316,6 @@ static __global__ void __launch_bounds__(COLUMNS_THREADS, HD <= 64 ? 3 : 2) colu
             for (int i = 0; i < N; i += 16)
                 flash_ldmatrix_transposed(p[i / 16],
                                           ds_tile + i * 128 + (flash_by_columns<64>(lane) ^ (uint32_t)(warp * 32)));
-            const unsigned turn = blockIdx.y;
             unsigned* turns = c.turns + ((size_t)b * c.NH + h) * gridDim.y + t0 / N;
             if (DQ == DQ_IN_ORDER && turn) turn_wait(turns, turn);
 #pragma unroll
@@ -367,13 +376,13 @@ static void columns_launch(const Problem* p, cudaStream_t stream) {
     const AttentionShape s = p->s;
     const int tiles = (int)ceil_div(s.T, COLUMNS_TILE);
     const size_t n_dq = (size_t)s.B * s.T * s.NH * HD;
-    const Columns c = {
-        p->dqkv, p->dq, p->turns, p->dout, p->qkv, p->lse, p->dot, s.T, s.NH, s.NKV, 1 / sqrtf((float)HD)
-    };
+    const Columns c = { p->dqkv, p->dq,  p->turns, p->turns + (size_t)s.B * s.NH * tiles,
+                        p->dout, p->qkv, p->lse,   p->dot,
+                        s.T,     s.NH,   s.NKV,    1 / sqrtf((float)HD) };
     flash_backward_dot<HD>(p->dot, p->dout, p->out, s, stream);
     if (DQ == DQ_ATOMIC) cuda_check(cudaMemsetAsync(p->dq, 0, n_dq * sizeof(float), stream));
     if (DQ == DQ_IN_ORDER)
-        cuda_check(cudaMemsetAsync(p->turns, 0, (size_t)s.B * s.NH * tiles * sizeof(unsigned), stream));
+        cuda_check(cudaMemsetAsync(p->turns, 0, ((size_t)s.B * s.NH * tiles + 1) * sizeof(unsigned), stream));
     flash_allow(columns_kernel<HD, DQ>, columns_shared<HD>);
     columns_kernel<HD, DQ>
         <<<dim3((unsigned)(s.B * s.NKV), (unsigned)tiles), COLUMNS_THREADS, columns_shared<HD>, stream>>>(c);
