@@ -9,11 +9,11 @@ Copy            cudaMemcpy of 1 GiB, bytes read plus bytes written, as the lab c
 Read, write     a kernel that sums 1 GiB, 16 bytes a load, and cudaMemset: reading alone is a little faster than a copy
 L2 cache        the same kernel, twenty times over a piece that stays in the cache
 Products        y = x · w^T, 8192 rows, columns and terms, by cuBLASLt, the fastest of its heuristic's candidates.
-                sustained: one after the other for a second; the card gets as hot as it does in training, and its power limit
-                holds the clock down. alone: one after a rest, the median of some. fp8 needs sm_89; its sums are those of the
-                tensor cores (fast accumulation), which have fewer bits than fp32
-Ridge           FLOPs a byte above which a kernel is bound by the products, below which by memory: the rate over that of a copy.
-                A product of N rows with a weight in bf16 does N FLOPs for each byte of the weight
+                sustained: one after the other for a second; the card gets as hot as it does in training, and its power
+                limit holds the clock down. alone: one after a rest, the median of some. fp8 needs sm_89; its sums are those
+                of the tensor cores (fast accumulation), which have fewer bits than fp32
+Ridge           FLOPs a byte above which a kernel is bound by the products, below which by memory: the rate over that of a
+                copy. A product of N rows with a weight in bf16 does N FLOPs for each byte of the weight
 */
 #include <cuda_fp8.h>
 

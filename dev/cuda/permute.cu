@@ -4,18 +4,19 @@ Permute: heads between tokens, or tokens between heads.
     split       qkv (B, T, NH + 2*NKV, HD)      ->      q (B, NH, T, HD)    k v (B, NKV, T, HD)
     merge       att (B, NH, T, HD)              ->      out (B, T, NH, HD)
 
-What an attention that wants each head's rows one below the other costs in every layer: its queries, keys and values, packed side
-by side as the projection leaves them, are split, and what it returns is merged. Each launch here does both.
+What an attention that wants each head's rows one below the other costs in every layer: its queries, keys and values, packed
+side by side as the projection leaves them, are split, and what it returns is merged. Each launch here does both.
 
-What must move  each number is read and written once: 2*B*T * (2*NH + 2*NKV) * HD numbers. 8B, 16384 tokens: 671 MB in bf16, 156 us
-                at the 4.30 TB/s of a copy on the H200; 32 layers forward and backward: 10 ms of each step
-Bound by        memory; a head's row of one token is 128 or 256 bytes (HD 64 or 128 in bf16), whole lines, so that nothing is
-                read or written in vain in any order
+What must move  each number is read and written once: 2*B*T * (2*NH + 2*NKV) * HD numbers. 8B, 16384 tokens: 671 MB in bf16,
+                156 us at the 4.30 TB/s of a copy on the H200; 32 layers forward and backward: 10 ms of each step
+Bound by        memory; a head's row of one token is 128 or 256 bytes (HD 64 or 128 in bf16), whole lines, so that nothing
+                is read or written in vain in any order
 Metrics         smsp__inst_executed (index arithmetic), l1tex__average_t_sectors_per_request, dram__throughput
-In llmc         nothing is permuted, which is faster than any row of the table. Attention reads heads where they lie: from one row
-                of a head to the next it is (NH + 2*NKV) * HD numbers, one number for an index (or one stride of a TMA map), and
-                a tile of 64 rows of 128 bytes arrives as fast from there. dq, dk, dv and the output are written the same way,
-                RoPE turns q and k in place, and the product that follows reads out as the matrix it is
+In llmc         nothing is permuted, which is faster than any row of the table. Attention reads heads where they lie: from
+                one row of a head to the next it is (NH + 2*NKV) * HD numbers, one number for an index (or one stride of a
+                TMA map), and a tile of 64 rows of 128 bytes arrives as fast from there. dq, dk, dv and the output are
+                written the same way, RoPE turns q and k in place, and the product that follows reads out as the matrix it
+                is
 */
 #define YARDSTICK "head_run_per_block" // nothing ships: the row that the others are measured by
 #include "bench.cuh"
@@ -149,7 +150,8 @@ static void warp_per_row(const Problem* p, int block, cudaStream_t stream) {
 }
 
 // ---- packs -----------------------------------------------------------------------------------
-// idea    16 bytes a thread, numbered over the whole of the packed array: an eighth of the threads, and divisions of 32 bits do
+// idea    16 bytes a thread, numbered over the whole of the packed array: an eighth of the threads, and divisions of 32
+//         bits do
 // limit   one load under way a thread, after four divisions that it must wait for
 
 template <bool MERGE>
@@ -181,8 +183,8 @@ static void packs(const Problem* p, int block, cudaStream_t stream) {
 static const char* whole_packs(const Problem* p) { return p->HD % PACK ? "HD is to be a multiple of 16 bytes" : NULL; }
 
 // ---- token_per_block -------------------------------------------------------------------------
-// idea    a block has one token: the packed row is one run of 6 or 12 KB, several packs of which each thread has under way. One
-//         division a pack is left, which head it belongs to
+// idea    a block has one token: the packed row is one run of 6 or 12 KB, several packs of which each thread has under way.
+//         One division a pack is left, which head it belongs to
 // limit   the other side is rows of 128 bytes, T * HD numbers apart
 
 enum { IN_FLIGHT = 4 };
@@ -217,11 +219,11 @@ static void token_per_block(const Problem* p, int block, cudaStream_t stream) {
 }
 
 // ---- head_run_per_block ----------------------------------------------------------------------
-// idea    the other side in runs: a block has one head and so many tokens that each of its threads moves four packs, which are
-//         one run of memory where heads are apart. A thread's packs are rows apart, whole rows of the block each: its place in
-//         the row is the same for all, and computed once
-// limit   memory; the packed side is in rows of 128 bytes now, but the blocks beside this one, of the next heads, want the rows
-//         beside them at about the same time
+// idea    the other side in runs: a block has one head and so many tokens that each of its threads moves four packs, which
+//         are one run of memory where heads are apart. A thread's packs are rows apart, whole rows of the block each: its
+//         place in the row is the same for all, and computed once
+// limit   memory; the packed side is in rows of 128 bytes now, but the blocks beside this one, of the next heads, want the
+//         rows beside them at about the same time
 
 template <bool MERGE>
 static __global__ void head_run_kernel(floatX* to, const floatX* from, Heads s) {
@@ -256,9 +258,9 @@ static void head_run_per_block(const Problem* p, int block, cudaStream_t stream)
 }
 
 // ---- copy_engine -----------------------------------------------------------------------------
-// idea    Hopper's copy engine permutes by itself: a box of 64 tokens of one head is one command from the packed array, by the
-//         strides of its map, and one to the other. One warp a block, of which one thread works. Tokens beyond the last are read
-//         as zeros and not written: both maps know where T ends
+// idea    Hopper's copy engine permutes by itself: a box of 64 tokens of one head is one command from the packed array, by
+//         the strides of its map, and one to the other. One warp a block, of which one thread works. Tokens beyond the last
+//         are read as zeros and not written: both maps know where T ends
 // limit   memory
 
 enum { TOKENS = 64 };
@@ -322,12 +324,12 @@ static const char* hopper_packs(const Problem* p) {
 
 // clang-format off
 static const Variant<Problem> variants[] = {
-    { "divisions",          divisions,          { 128, 256, 512 },  "a thread for each number, 64-bit / and %" },
-    { "warp_per_row",       warp_per_row,       { 128, 256, 512 },  "a warp for each row of a head: no division" },
-    { "packs",              packs,              { 128, 256, 512 },  "16 bytes a thread, 32-bit divisions", whole_packs },
-    { "token_per_block",    token_per_block,    { 128, 256 },       "packed rows are runs, four packs under way", whole_packs },
-    { "head_run_per_block", head_run_per_block, { 128, 256, 512 },  "a head's rows are runs, four packs under way", whole_packs },
-    { "copy_engine",        copy_engine,        { 0 },              "TMA: 64 rows of a head a command", hopper_packs },
+    { "divisions",          divisions,          { 128, 256, 512 }, "a thread for each number, 64-bit / and %" },
+    { "warp_per_row",       warp_per_row,       { 128, 256, 512 }, "a warp for each row of a head: no division" },
+    { "packs",              packs,              { 128, 256, 512 }, "16 bytes a thread, 32-bit divisions", whole_packs },
+    { "token_per_block",    token_per_block,    { 128, 256 },      "packed rows are runs, four packs under way", whole_packs },
+    { "head_run_per_block", head_run_per_block, { 128, 256, 512 }, "a head's rows are runs, four packs a thread", whole_packs },
+    { "copy_engine",        copy_engine,        { 0 },             "TMA: 64 rows of a head a command", hopper_packs },
 };
 // clang-format on
 

@@ -3,17 +3,26 @@ The sum of N numbers: the oldest ladder of GPU programming, each rung with a nam
 
     y = sum over i of x[i]                  x is floatX; sums are fp32 (double between the blocks where it costs nothing)
 
-What must move  N numbers, read once: 2^28 bf16 numbers are 537 MB, 125 us at the 4.30 TB/s of a copy on the H200. A copy writes
-                half of what it moves, a sum nothing: reading alone is a little faster, and more than 100 % of the peak no error
-Bound by        memory, in the end. Before that, in the order of the ladder: atomics on one address (the L2 cache adds about one
-                number a cycle there), divergence, bank conflicts, barriers, launches, and the number of bytes under way
-Numerics        an fp32 sum of n numbers one after the other loses sqrt(n) * 2^-24 of its size or so; trees lose log2(n) * 2^-24.
-                Inputs have a mean of 4 / sqrt(n) beside their variance of 1: without it the sum might be next to nothing, and
-                any rounding large beside it
-Same bits       trees and two steps add in a fixed order: the same bits at every run. Rows whose blocks end in an atomic do not
-Metrics         smsp__thread_inst_executed_per_inst_executed (32: no divergence), l1tex__data_bank_conflicts_pipe_lsu_mem_shared,
-                smsp__warps_issue_stalled_barrier, dram__throughput; lts__t_sectors_op_atom and _red for the first rung
-In llmc         no op is a plain sum; sum_of_squares (llmc/adamw.h) is this one's last rung with a square in it, see global_norm.cu
+What must move  N numbers, read once: 2^28 bf16 numbers are 537 MB, 125 us at the 4.30 TB/s of a copy on the H200. A copy
+                writes half of what it moves, a sum nothing: reading alone is a little faster, and more than 100 % of the
+                peak no error
+Bound by        memory, in the end. Before that, in the order of the ladder: atomics on one address, divergence, bank
+                conflicts, barriers, launches, and the number of bytes that one instruction asks for
+Reached         H200, 2^28 numbers of bf16, in % of a copy: atomics 0.03 (570 million a second: the L2 cache takes one in
+                three cycles), trees 9 to 10 with bank conflicts last, two numbers a thread 20, no barriers in the last warp
+                27, shuffles 28, eight loads of 2 bytes under way 49, 16 bytes a load 103, cub 92. What a rung is worth has
+                changed since 2007: conflicts cost more than divergence, and the width of a load more than all else
+Numerics        an fp32 sum of n numbers one after the other loses sqrt(n) * 2^-24 of its size or so; trees lose log2(n) *
+                2^-24. Inputs have a mean of 4 / sqrt(n) beside their variance of 1: without it the sum might be next to
+                nothing, and any rounding large beside it
+Same bits       trees and two steps add in a fixed order: the same bits at every run. Rows whose blocks end in an atomic do
+                not
+Metrics         smsp__thread_inst_executed_per_inst_executed (32: no divergence),
+                l1tex__data_bank_conflicts_pipe_lsu_mem_shared, smsp__warps_issue_stalled_barrier, dram__throughput;
+                lts__t_sectors_op_atom and _red for the first rung
+Source          Harris 2007, "Optimizing parallel reduction in CUDA", whose order the trees follow
+In llmc         no op is a plain sum; sum_of_squares (llmc/adamw.h) is this one's last rung with a square in it, see
+                global_norm.cu
 */
 #define YARDSTICK "cub" // NVIDIA's own
 #include <cub/device/device_reduce.cuh>
@@ -82,8 +91,8 @@ static double flops(const Problem*) { return 0; }
 
 // ---- atomic_per_thread -----------------------------------------------------------------------
 // idea    each thread adds its number to the one sum
-// limit   they take turns: one address, one place in the L2 cache that adds about one number a cycle, whatever else the GPU has.
-//         And the sum is rounded as often as it is added to
+// limit   they take turns: one address, one place in the L2 cache that adds a number every few cycles, whatever else the
+//         GPU has. And the sum is rounded as often as it is added to
 
 static __global__ void atomic_per_thread_kernel(float* y, const floatX* x, size_t n) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -125,10 +134,10 @@ __device__ __forceinline__ float number_or_zero(const T* x, size_t i, size_t n) 
 }
 
 // ---- tree_divergent --------------------------------------------------------------------------
-// idea    a block adds in shared memory, in pairs: neighbours first, then those 2 apart, 4 apart … One number a block is left,
-//         and the next launch adds those
-// limit   the threads that add are every second, every fourth …: all warps stay in the loop to the end, with ever fewer lanes
-//         at work
+// idea    a block adds in shared memory, in pairs: neighbours first, then those 2 apart, 4 apart … One number a block is
+//         left, and the next launch adds those
+// limit   the threads that add are every second, every fourth …: all warps stay in the loop to the end, with ever fewer
+//         lanes at work
 
 template <typename T>
 static __global__ void tree_divergent_kernel(float* sums, const T* x, size_t n) {
@@ -149,7 +158,8 @@ static void tree_divergent(const Problem* p, int block, cudaStream_t stream) {
 
 // ---- tree_first_threads ----------------------------------------------------------------------
 // idea    the same pairs, but the first threads do the work: whole warps are idle, and the others whole
-// limit   thread t reads place 2 * apart * t: two numbers apart, then four … which 32 banks serve 2, 4, … 32 at a time
+// limit   thread t reads place 2 * apart * t: two numbers apart, then four … which lie 2, 4, … 32 to a bank, and are served
+//         in as many turns. That costs more than the divergence did: a step back, which the next one needs
 
 template <typename T>
 static __global__ void tree_first_threads_kernel(float* sums, const T* x, size_t n) {
@@ -170,8 +180,8 @@ static void tree_first_threads(const Problem* p, int block, cudaStream_t stream)
 }
 
 // ---- tree_halves -----------------------------------------------------------------------------
-// idea    pairs half a block apart, then a quarter …: the first threads work, and on neighbouring places, each in a bank of its
-//         own
+// idea    pairs half a block apart, then a quarter …: the first threads work, and on neighbouring places, each in a bank of
+//         its own
 // limit   half of the threads never add at all: they load one number and wait
 
 template <typename T>
@@ -192,7 +202,8 @@ static void tree_halves(const Problem* p, int block, cudaStream_t stream) {
 }
 
 // ---- add_on_load -----------------------------------------------------------------------------
-// idea    the first addition on the way in: two loads to a thread, half the blocks, half the numbers left for the next level
+// idea    the first addition on the way in: two loads to a thread, half the blocks, half the numbers left for the next
+//         level
 // limit   from 32 threads on one warp works alone, and still meets seven others at a barrier, five times
 
 template <typename T>
@@ -214,8 +225,8 @@ static void add_on_load(const Problem* p, int block, cudaStream_t stream) {
 }
 
 // ---- last_warp_unrolled ----------------------------------------------------------------------
-// idea    the last warp needs no barrier of the block. Since Volta its lanes may drift apart, so that "lanes run in step" is no
-//         excuse: __syncwarp between each read and the write that follows it
+// idea    the last warp needs no barrier of the block. Since Volta its lanes may drift apart, so that "lanes run in step"
+//         is no excuse: __syncwarp between each read and the write that follows it
 // limit   the numbers still pass through shared memory, a write and a read for each step
 
 template <typename T>
@@ -246,10 +257,10 @@ static void last_warp_unrolled(const Problem* p, int block, cudaStream_t stream)
 }
 
 // ---- warp_shuffle ----------------------------------------------------------------------------
-// idea    lanes read each other's registers: five shuffles for a warp, one number a warp through shared memory, two barriers
-//         (block_sum of llmc/gpu.cuh)
-// limit   two numbers to a thread, 8 bytes at most: threads and blocks come and go for next to nothing, and four launches follow
-//         each other
+// idea    lanes read each other's registers: five shuffles for a warp, one number a warp through shared memory, two
+//         barriers (block_sum of llmc/gpu.cuh)
+// limit   two numbers to a thread, 8 bytes at most: threads and blocks come and go for next to nothing, and four launches
+//         follow each other
 
 template <typename T>
 static __global__ void warp_shuffle_kernel(float* sums, const T* x, size_t n) {
@@ -322,8 +333,8 @@ static void atomic_per_block(const Problem* p, int block, cudaStream_t stream) {
 }
 
 // ---- packs -----------------------------------------------------------------------------------
-// idea    16 bytes a load, four under way: a multiprocessor has 128 KB coming, more than the 25 KB or so that memory can bring in
-//         the time it takes
+// idea    16 bytes a load, four under way: a multiprocessor has 128 KB coming, more than the 25 KB or so that memory can
+//         bring in the time it takes
 // limit   memory. What is left to want is the same sum at every run
 
 enum { PACKS = 4 };
@@ -364,8 +375,9 @@ static void packs(const Problem* p, int block, cudaStream_t stream) {
 }
 
 // ---- two_steps -------------------------------------------------------------------------------
-// idea    each block leaves its sum in a place of its own, and a second kernel adds those in their order: the same bits at every
-//         run. In double, which a thread needs for one number in 8. As sum_of_squares and global_norm of llmc/adamw.h do it
+// idea    each block leaves its sum in a place of its own, and a second kernel adds those in their order: the same bits at
+//         every run. In double, which a thread needs for one number in 8. As sum_of_squares and global_norm of llmc/adamw.h
+//         do it
 // limit   memory, and a second launch
 
 static __global__ void two_steps_kernel(double* sums, const floatX* x, size_t n) {
@@ -389,9 +401,9 @@ static void two_steps(const Problem* p, int block, cudaStream_t stream) {
 }
 
 // ---- copy_engine -----------------------------------------------------------------------------
-// idea    Hopper's copy engine fills shared memory, 16 KB at a command of one thread: 192 KB under way on a multiprocessor with
-//         no register waiting for them. Then as two_steps
-// limit   memory: bytes enough were under way before
+// idea    Hopper's copy engine fills shared memory, 16 KB at a command of one thread: 192 KB under way on a multiprocessor
+//         with no register waiting for them. Then as two_steps
+// limit   memory: bytes enough were under way before, and barriers have come on top
 
 enum { STAGES = 6, STAGE_BYTES = 16384, STAGE_NUMBERS = STAGE_BYTES / sizeof(floatX), ENGINE_THREADS = 256 };
 
@@ -465,19 +477,19 @@ static void cub_reduce(const Problem* p, int, cudaStream_t stream) {
 
 // clang-format off
 static const Variant<Problem> variants[] = {
-    { "atomic_per_thread",  atomic_per_thread,  { 256 },                  "each number added to one place" },
-    { "tree_divergent",     tree_divergent,     { 128, 256, 512, 1024 },  "a tree in shared memory, every second thread works" },
-    { "tree_first_threads", tree_first_threads, { 128, 256, 512, 1024 },  "whole warps work, on places far apart" },
-    { "tree_halves",        tree_halves,        { 128, 256, 512, 1024 },  "on neighbouring places: no bank conflicts" },
-    { "add_on_load",        add_on_load,        { 128, 256, 512, 1024 },  "two numbers to a thread" },
-    { "last_warp_unrolled", last_warp_unrolled, { 128, 256, 512, 1024 },  "one warp needs no barrier of the block" },
-    { "warp_shuffle",       warp_shuffle,       { 128, 256, 512, 1024 },  "registers instead of shared memory" },
-    { "grid_stride",        grid_stride,        { 128, 256, 512, 1024 },  "resident blocks, eight loads under way, two launches" },
-    { "atomic_per_block",   atomic_per_block,   { 128, 256, 512, 1024 },  "an atomic a block instead of the second launch" },
-    { "packs",              packs,              { 128, 256, 512, 1024 },  "16 bytes a load" },
-    { "two_steps",          two_steps,          { 128, 256, 512, 1024 },  "fixed order, doubles: the same bits at every run, as in llmc/adamw.h" },
-    { "copy_engine",        copy_engine,        { 0 },                    "TMA brings the bytes to shared memory", hopper_only },
-    { "cub",                cub_reduce,         { 0 },                    "cub::DeviceReduce" },
+    { "atomic_per_thread",  atomic_per_thread,  { 256 },                 "each number added to one place" },
+    { "tree_divergent",     tree_divergent,     { 128, 256, 512, 1024 }, "a tree in shared memory, every second thread" },
+    { "tree_first_threads", tree_first_threads, { 128, 256, 512, 1024 }, "whole warps work, on places far apart" },
+    { "tree_halves",        tree_halves,        { 128, 256, 512, 1024 }, "on neighbouring places: no bank conflicts" },
+    { "add_on_load",        add_on_load,        { 128, 256, 512, 1024 }, "two numbers to a thread" },
+    { "last_warp_unrolled", last_warp_unrolled, { 128, 256, 512, 1024 }, "one warp needs no barrier of the block" },
+    { "warp_shuffle",       warp_shuffle,       { 128, 256, 512, 1024 }, "registers instead of shared memory" },
+    { "grid_stride",        grid_stride,        { 128, 256, 512, 1024 }, "resident blocks, eight loads under way" },
+    { "atomic_per_block",   atomic_per_block,   { 128, 256, 512, 1024 }, "an atomic a block instead of the second launch" },
+    { "packs",              packs,              { 128, 256, 512, 1024 }, "16 bytes a load" },
+    { "two_steps",          two_steps,          { 128, 256, 512, 1024 }, "fixed order, in double: the same bits at every run" },
+    { "copy_engine",        copy_engine,        { 0 },                   "TMA brings the bytes to shared memory", hopper_only },
+    { "cub",                cub_reduce,         { 0 },                   "cub::DeviceReduce" },
 };
 // clang-format on
 

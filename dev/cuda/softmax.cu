@@ -5,21 +5,21 @@ Softmax of rows of logits.
 
 x and y (N, V) are floatX; powers and sums are fp32, and y is rounded once.
 
-What must move  2*N*V numbers: 8192 x 4096 in bf16 is 134 MB, 31 us at the 4.30 TB/s of a copy on the H200; 4096 x 128256 is 2.10 GB,
-                489 us
+What must move  2*N*V numbers: 8192 x 4096 in bf16 is 134 MB, 31 us at the 4.30 TB/s of a copy on the H200; 4096 x 128256 is
+                2.10 GB, 489 us
 Passes          the largest number, then the sum, then the numbers: three readings and one writing, unless the row waits
-                somewhere. Online (Milakov and Gimelshein 2018) the first two are one: a sum of e^(x - top) for the largest so
-                far becomes one for a larger top by a single factor. A row that waits on the multiprocessor is read once:
+                somewhere. Online (Milakov and Gimelshein 2018) the first two are one: a sum of e^(x - top) for the largest
+                so far becomes one for a larger top by a single factor. A row that waits on the multiprocessor is read once:
 
                     registers of a block       128 KB: 65536 numbers of bf16
                     its shared memory          227 KB: 116224; a vocabulary of 128256 just does not fit
                     registers of a cluster     eight blocks of 512 threads: 262144
 
-Also bound by   powers: a multiprocessor makes 16 a cycle, and each number needs two where they are not kept. At the speed of
-                memory that is over half of the time
+Also bound by   powers: a multiprocessor makes 16 a cycle, and each number needs two where they are not kept. At the speed
+                of memory that is over half of the time
 Numerics        the top starts at the lowest float, not at 0, or a row of large negative numbers would become 0 / 0
-Metrics         dram__bytes_read (1, 2 or 3 times x), smsp__inst_executed_pipe_xu (powers, and conversions), lts__t_sector_hit_rate,
-                l1tex__average_t_sectors_per_request (32 for the first row)
+Metrics         dram__bytes_read (1, 2 or 3 times x), smsp__inst_executed_pipe_xu (powers, and conversions),
+                lts__t_sector_hit_rate, l1tex__average_t_sectors_per_request (32 for the first row)
 In llmc         never alone: within cross_entropy (llmc/cross_entropy.h), whose parts the last rows are made of, and within
                 attention, where a row never leaves the registers at all
 */
@@ -76,8 +76,8 @@ __device__ __forceinline__ float power(float x) { return cross_entropy_power(x);
 
 // ---- thread_per_row --------------------------------------------------------------------------
 // idea    the CPU's loops, a row to a thread: largest, sum, numbers
-// limit   the lanes of a warp read numbers V apart, 32 sectors for 32 numbers, three times; and there are fewer rows than the GPU
-//         has places for threads
+// limit   the lanes of a warp read numbers V apart, 32 sectors for 32 numbers, three times; and there are fewer rows than
+//         the GPU has places for threads
 
 static __global__ void thread_per_row_kernel(floatX* y, const floatX* x, int N, int V) {
     const int n = blockIdx.x * blockDim.x + threadIdx.x;
@@ -117,8 +117,8 @@ static void warp_per_row(const Problem* p, int block, cudaStream_t stream) {
 }
 
 // ---- block_per_row ---------------------------------------------------------------------------
-// idea    all threads of a block share a row: fewer rows are on their way at a time, and the second and third reading may still
-//         find theirs in the L2 cache
+// idea    all threads of a block share a row: fewer rows are on their way at a time, and the second and third reading may
+//         still find theirs in the L2 cache
 // limit   three readings
 
 __device__ __forceinline__ float block_max(float x) {
@@ -217,8 +217,8 @@ static void packs(const Problem* p, int block, cudaStream_t stream) {
 static const char* whole_packs(const Problem* p) { return p->V % PACK ? "V is to be a multiple of 16 bytes" : NULL; }
 
 // ---- row_in_shared ---------------------------------------------------------------------------
-// idea    the row waits in shared memory from its one reading to its writing. Each thread keeps what it read itself in places
-//         that nobody else reads
+// idea    the row waits in shared memory from its one reading to its writing. Each thread keeps what it read itself in
+//         places that nobody else reads
 // limit   V: 227 KB. And every number is written to shared memory and read from it, for nothing
 
 static __global__ void row_in_shared_kernel(floatX* y, const floatX* x, int V) {
@@ -316,8 +316,8 @@ static const char* fits_registers(const Problem* p) {
 }
 
 // ---- cluster ---------------------------------------------------------------------------------
-// idea    several blocks share a row, each with a part in its registers, and read each other's sums: a cluster of Hopper, as
-//         cross_entropy of llmc has it. On other GPUs one block of up to 512 threads
+// idea    several blocks share a row, each with a part in its registers, and read each other's sums: a cluster of Hopper,
+//         as cross_entropy of llmc has it. On other GPUs one block of up to 512 threads
 // limit   memory, and the powers
 
 static __global__ void __launch_bounds__(CROSS_ENTROPY_THREADS, 2) cluster_kernel(floatX* y, const floatX* x, int V) {
@@ -375,14 +375,14 @@ static const char* fits_cluster(const Problem* p) {
 
 // clang-format off
 static const Variant<Problem> variants[] = {
-    { "thread_per_row",   thread_per_row,   { 32, 64, 128 },          "three readings by one thread" },
-    { "warp_per_row",     warp_per_row,     { 128, 256, 512 },        "32 lanes side by side" },
-    { "block_per_row",    block_per_row,    { 128, 256, 512, 1024 },  "fewer rows on their way, more of them in the cache" },
-    { "online",           online,           { 128, 256, 512, 1024 },  "largest and sum in one reading" },
-    { "packs",            packs,            { 128, 256, 512, 1024 },  "16 bytes a load", whole_packs },
-    { "row_in_shared",    row_in_shared,    { 128, 256, 512, 1024 },  "one reading: the row waits in shared memory", fits_shared },
-    { "row_in_registers", row_in_registers, { 0 },                    "the row waits in registers, all its loads under way", fits_registers },
-    { "cluster",          cluster,          { 0 },                    "in the registers of up to eight blocks, as in llmc/cross_entropy.h", fits_cluster },
+    { "thread_per_row",   thread_per_row,   { 32, 64, 128 },         "three readings by one thread" },
+    { "warp_per_row",     warp_per_row,     { 128, 256, 512 },       "32 lanes side by side" },
+    { "block_per_row",    block_per_row,    { 128, 256, 512, 1024 }, "fewer rows on their way, more of them in the cache" },
+    { "online",           online,           { 128, 256, 512, 1024 }, "largest and sum in one reading" },
+    { "packs",            packs,            { 128, 256, 512, 1024 }, "16 bytes a load", whole_packs },
+    { "row_in_shared",    row_in_shared,    { 128, 256, 512, 1024 }, "the row waits in shared memory", fits_shared },
+    { "row_in_registers", row_in_registers, { 0 },                   "the row waits in registers", fits_registers },
+    { "cluster",          cluster,          { 0 },                   "in those of several blocks: see cross_entropy", fits_cluster },
 };
 // clang-format on
 

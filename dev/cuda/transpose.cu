@@ -4,16 +4,18 @@ Transpose: rows become columns.
     y[c, n] = x[n, c]               x (N, C)    y (C, N)
 
 What must move  2*N*C numbers, as a copy: 16384 x 4096 in bf16 is 268 MB, 62 us at the 4.30 TB/s of a copy on the H200
-The difficulty  memory hands out sectors of 32 bytes, and wants whole lines of 128. One of the two arrays is walked against its
-                grain: neighbours of y are C numbers apart in x. Whoever does both must hold a square of the matrix somewhere:
-                in the caches, in shared memory, or in registers
-Banks           shared memory is 32 columns of 4 bytes. A square of 32 x 32 floats has its column in one bank: 32 turns for a warp's
-                load instead of one. In bf16 a row of 32 is 16 banks: 16 turns
-Metrics         l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_ld and _st (4 for whole lines of 4-byte numbers, 32 for
-                a column), l1tex__data_bank_conflicts_pipe_lsu_mem_shared, lts__t_sectors_srcunit_tex_op_write,
+The difficulty  memory hands out sectors of 32 bytes, and wants whole lines of 128. One of the two arrays is walked against
+                its grain: neighbours of y are C numbers apart in x. Whoever does both must hold a square of the matrix
+                somewhere: in the caches, in shared memory, or in registers
+Banks           shared memory is 32 columns of 4 bytes. A square of 32 x 32 floats has its column in one bank: 32 turns for
+                a warp's load instead of one. In bf16 a row of 32 is 16 banks: 16 turns
+Reached         H200, bf16, in % of a copy: columns written 7, columns read 21 (the L1 cache helps who reads, nothing helps
+                who writes), a tile 30, without bank conflicts 37: what is left is that a lane moves 2 bytes at a time
+Metrics         l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_ld and _st (4 for whole lines of 4-byte numbers,
+                32 for a column), l1tex__data_bank_conflicts_pipe_lsu_mem_shared, lts__t_sectors_srcunit_tex_op_write,
                 dram__throughput
-In llmc         nothing is transposed in memory: the matrix products read either order (cuBLASLt by its flags, our attention by
-                ldmatrix.trans), and that is the fastest transpose of all
+In llmc         nothing is transposed in memory: the matrix products read either order (cuBLASLt by its flags, our attention
+                by ldmatrix.trans), and that is the fastest transpose of all
 */
 #define YARDSTICK "packs" // nothing ships: the row that the others are measured by
 #include "bench.cuh"
@@ -76,8 +78,8 @@ __device__ __forceinline__ void store_pack(floatX* p, PackX v) {
 
 // ---- coalesced_reads -------------------------------------------------------------------------
 // idea    a thread for each number, neighbouring threads on neighbours of x: each warp reads one piece of a row
-// limit   and writes a column of y: 32 numbers to 32 lines, 2 or 4 bytes of each sector. The L2 cache must gather the rest of a
-//         sector from other warps before it is thrown out
+// limit   and writes a column of y: 32 numbers to 32 lines, 2 or 4 bytes of each sector. The L2 cache must gather the rest
+//         of a sector from other warps before it is thrown out
 
 template <int EACH>
 static __global__ void coalesced_reads_kernel(floatX* y, const floatX* x, int N, int C) {
@@ -105,8 +107,8 @@ static void coalesced_reads(const Problem* p, int block, cudaStream_t stream) {
 }
 
 // ---- coalesced_writes ------------------------------------------------------------------------
-// idea    the other way about: whole pieces of rows of y are written, columns of x are read. What is read of a sector too much
-//         stays in the L1 cache, for the warp of the same block that is one column further
+// idea    the other way about: whole pieces of rows of y are written, columns of x are read. What is read of a sector too
+//         much stays in the L1 cache, for the warp of the same block that is one column further
 // limit   a column's load is 32 requests' worth of work for the load units, and each thread has one load under way
 
 template <int EACH>
@@ -175,16 +177,18 @@ static void tiled(const Problem* p, int block, cudaStream_t stream) {
 
 // ---- padded ----------------------------------------------------------------------------------
 // idea    rows of the square 33 numbers long: its column crosses all banks. tiled_kernel<PADDED>
-// limit   an odd length is no multiple of anything: wider accesses cannot be aligned in it, and some shared memory is wasted
+// limit   an odd length is no multiple of anything: wider accesses cannot be aligned in it, and some shared memory is
+//         wasted
 
 // ---- swizzled --------------------------------------------------------------------------------
-// idea    column c of row r is kept at c xor r: rows stay 32 long, rows and columns both cross all banks. tiled_kernel<SWIZZLED>
+// idea    column c of row r is kept at c xor r: rows stay 32 long, rows and columns both cross all banks.
+//         tiled_kernel<SWIZZLED>
 // limit   a warp moves 64 bytes of bf16 at a time, one number a lane: half of a line
 
 // ---- registers -------------------------------------------------------------------------------
-// idea    16 bytes to a thread on both sides: it transposes a square of PACK x PACK on its own, PACK loads, one from each row, and
-//         PACK stores; between them lie byte permutations of its registers. No shared memory, no barrier, 128 bytes under way a
-//         thread. A warp has 4 squares across x and 8 down: 64 bytes of a row read, 128 of a row written
+// idea    16 bytes to a thread on both sides: it transposes a square of PACK x PACK on its own, PACK loads, one from each
+//         row, and PACK stores; between them lie byte permutations of its registers. No shared memory, no barrier, 128
+//         bytes under way a thread. A warp has 4 squares across x and 8 down: 64 bytes of a row read, 128 of a row written
 // limit   half lines: the other half is read by another warp, when it comes to it
 
 template <int ACROSS>
@@ -218,11 +222,11 @@ static const char* whole_packs(const Problem* p) {
 }
 
 // ---- packs -----------------------------------------------------------------------------------
-// idea    shared memory again, in packs: a square whose rows are 8 packs long, 128 bytes, on both sides; 8 lanes read one and 8
-//         lanes write one. In between a thread collects its pack number by number; pack q of row r is kept at q xor (r / PACK),
-//         so that the 8 lanes of one column, PACK rows apart, meet 8 different places
-// limit   the blocks that run at the same time are neighbours along the rows of x: what they write are short pieces, 2 KB or so, of
-//         many rows of y
+// idea    shared memory again, in packs: a square whose rows are 8 packs long, 128 bytes, on both sides; 8 lanes read one
+//         and 8 lanes write one. In between a thread collects its pack number by number; pack q of row r is kept at q xor
+//         (r / PACK), so that the 8 lanes of one column, PACK rows apart, meet 8 different places
+// limit   the blocks that run at the same time are neighbours along the rows of x: what they write are short pieces, 2 KB
+//         or so, of many rows of y
 
 // numbers along either side of the square; packs of it for each thread
 enum { SIDE = 8 * PACK, PACKS_THREADS = 256, PACKS_EACH = SIDE * 8 / PACKS_THREADS, STRIP = 16 };
@@ -268,14 +272,14 @@ static void packs(const Problem* p, int, cudaStream_t stream) {
 }
 
 // ---- strips ----------------------------------------------------------------------------------
-// idea    the same squares in another order: strips of 16 across, so that the thousand blocks that run at a time are 16 squares
-//         wide and 60 high: pieces of 2 KB are read and of 8 KB written. packs_kernel<true>
+// idea    the same squares in another order: strips of 16 across, so that the thousand blocks that run at a time are 16
+//         squares wide and 60 high: pieces of 2 KB are read and of 8 KB written. packs_kernel<true>
 // limit   memory, which turns round between reading and writing
 
 // ---- copy_engine -----------------------------------------------------------------------------
-// idea    Hopper's copy engine brings squares of 64 x 64 and takes them back (TMA, already swizzled), and the instructions made for
-//         the tensor cores do the rest: ldmatrix.trans reads four 8 x 8 squares of a warp transposed, stmatrix stores them. No
-//         address of x or y is computed by a thread. bf16 only
+// idea    Hopper's copy engine brings squares of 64 x 64 and takes them back (TMA, already swizzled), and the instructions
+//         made for the tensor cores do the rest: ldmatrix.trans reads four 8 x 8 squares of a warp transposed, stmatrix
+//         stores them. No address of x or y is computed by a thread. bf16 only
 // limit   memory
 
 #ifndef PRECISION_FP32
@@ -340,18 +344,18 @@ static const char* hopper_packs(const Problem* p) {
 
 // clang-format off
 static const Variant<Problem> variants[] = {
-    { "coalesced_reads",  coalesced_reads<1>,  { 128, 256, 512 },  "a thread for each number; rows are read, columns written" },
-    { "coalesced_writes", coalesced_writes<1>, { 128, 256, 512 },  "columns are read, rows written" },
-    { "reads_unrolled",   coalesced_reads<4>,  { 128, 256, 512 },  "coalesced_reads, four numbers to a thread" },
-    { "writes_unrolled",  coalesced_writes<4>, { 128, 256, 512 },  "coalesced_writes, four numbers to a thread" },
-    { "tiled",            tiled<PLAIN>,        { 128, 256, 512 },  "a square in shared memory: rows on both sides" },
-    { "padded",           tiled<PADDED>,       { 128, 256, 512 },  "its rows are one number longer: no bank conflicts" },
-    { "swizzled",         tiled<SWIZZLED>,     { 128, 256, 512 },  "column c of row r at c xor r: none either, nothing wasted" },
-    { "registers",        registers,           { 64, 128, 256 },   "a square of packs to a thread: no shared memory", whole_packs },
-    { "packs",            packs<false>,        { 0 },              "16 bytes, whole lines on both sides, swizzled in packs", whole_packs },
-    { "strips",           packs<true>,         { 0 },              "the squares in strips of 16: longer pieces of y at a time", whole_packs },
+    { "coalesced_reads",  coalesced_reads<1>,  { 128, 256, 512 }, "a thread for each number; rows are read, columns written" },
+    { "coalesced_writes", coalesced_writes<1>, { 128, 256, 512 }, "columns are read, rows written" },
+    { "reads_unrolled",   coalesced_reads<4>,  { 128, 256, 512 }, "coalesced_reads, four numbers to a thread" },
+    { "writes_unrolled",  coalesced_writes<4>, { 128, 256, 512 }, "coalesced_writes, four numbers to a thread" },
+    { "tiled",            tiled<PLAIN>,        { 128, 256, 512 }, "a square in shared memory: rows on both sides" },
+    { "padded",           tiled<PADDED>,       { 128, 256, 512 }, "its rows are one number longer: no bank conflicts" },
+    { "swizzled",         tiled<SWIZZLED>,     { 128, 256, 512 }, "column c of row r at c xor r: none either" },
+    { "registers",        registers,           { 64, 128, 256 },  "a square of packs to a thread", whole_packs },
+    { "packs",            packs<false>,        { 0 },             "16 bytes, whole lines on both sides", whole_packs },
+    { "strips",           packs<true>,         { 0 },             "squares in strips of 16: longer pieces of y", whole_packs },
 #ifndef PRECISION_FP32
-    { "copy_engine",      copy_engine,         { 0 },              "TMA, ldmatrix.trans, stmatrix", hopper_packs },
+    { "copy_engine",      copy_engine,         { 0 },             "TMA, ldmatrix.trans, stmatrix", hopper_packs },
 #endif
 };
 // clang-format on
