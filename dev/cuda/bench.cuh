@@ -65,6 +65,7 @@ Reference row   "x production" is beside the row "production"; where it is not t
 #include <functional>
 #include <map>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
