@@ -426,7 +426,8 @@ stage_lab() {
 }
 
 stage_profile() {
-    local spec=${shapes:-1B,8,2048} shape B T
+    local spec=${shapes# } shape B T
+    spec=${spec:-1B,8,2048}
     IFS=, read -r shape B T <<<"${spec%% *}"
     random_tokens "$work/random.bin"
     local run="$(folder BF16)/train_llama3cu train --model $(preset "$shape") --data $work/random.bin --batch $B --seq $T --warmup 1
