@@ -108,7 +108,8 @@ def command_run(options):
         reserved = min(150.0, 0.25 * options.seconds) if options.peers else 0
         programs = [p for p in options.programs if "selftest" not in Path(p).name]
         for i, program in enumerate(programs):
-            share = max(3.0, (deadline - reserved - time.monotonic()) / (len(programs) - i))
+            later = 5.0 * (len(programs) - i - 1)  # most take a few seconds, some can use a minute
+            share = max(3.0, min(45.0, deadline - reserved - later - time.monotonic()))
             part.unlink(missing_ok=True)
             op, _, precision = Path(program).name.rpartition("-")
             try:
@@ -270,15 +271,15 @@ def chart(op, tables, origin, path):
         axis.barh(range(len(rows)), values, color=[colours.get(row.get("kind"), colours["variant"]) for row in rows], height=0.72)
         for i, row in enumerate(rows):
             axis.text(values[i] + 0.008 * most, i, f"{rate_text(row)} {unit}, {us_text(row['median_us'])} µs", va="center",
-                      fontsize=8, color="#333333")
+                      fontsize=8, color="#333333", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
         if peak:
-            axis.axvline(peak, color="#666666", linewidth=1, linestyle="--")
+            axis.axvline(peak, color="#666666", linewidth=1, linestyle="--", zorder=0.5)
             axis.text(peak, -0.62, "copy ", ha="right", va="bottom", fontsize=8, color="#666666")
         axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
         axis.set_ylim(len(rows) - 0.4, -0.7)
         axis.set_xlim(0, 1.25 * most)
         axis.set_title(f"{dtype}, {shape}: {sizes_text(rows[0])}", loc="left", fontsize=10)
-    figure.suptitle(f"{op}   ({origin})", fontsize=9, color="#444444", x=0.01, ha="left")
+    figure.suptitle(f"{op}   {origin}", fontsize=9, color="#444444", x=0.01, ha="left")
     figure.savefig(path, dpi=100)
     plt.close(figure)
     try:  # a sixth of the size
@@ -364,7 +365,7 @@ def command_write(options):
         charts = False
         print("no matplotlib here: tables without charts (pip install matplotlib, then run this again)", file=sys.stderr)
     for op, tables in ops.items():
-        drawn = charts and chart(op, tables, origin, folder / f"{op}.png")
+        drawn = charts and chart(op, tables, ", ".join(filter(None, (gpu, info.get("date"), info.get("commit")))), folder / f"{op}.png")
         text = f"# {op}\n\nThe variants are in [dev/cuda/{op}.cu](../../{op}.cu). {origin}.\n"
         if drawn or (folder / f"{op}.png").exists():
             text += f"\n![{op}]({op}.png)\n"

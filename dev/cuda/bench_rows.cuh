@@ -316,14 +316,15 @@ struct BenchTimer {
     }
 };
 
-// n launches of a variant, and copies of as many bytes between them
-static inline void bench_time_some(BenchRun* run, const BenchCandidate* v, int block, int n, int copies, double host_us,
-                                   std::vector<float>* us) {
+// n launches of a variant, and copies of as many bytes between them; returns how long the host takes for a launch, in us
+static inline double bench_time_some(BenchRun* run, const BenchCandidate* v, int block, int n, int copies,
+                                     double host_us, std::vector<float>* us) {
     static BenchTimer* timer = new BenchTimer;
     static char *from, *to;
     static size_t room;
     Bench* b = &run->bench;
     const size_t half = (size_t)(run->traffic / 2);
+    double host = 0;
     if (copies && room < half) {
         cudaFree(from), cudaFree(to);
         from = to = NULL, room = 0;
@@ -336,31 +337,30 @@ static inline void bench_time_some(BenchRun* run, const BenchCandidate* v, int b
             timer->add(1, 0, b->stream,
                        [&] { cuda_check(cudaMemcpyAsync(to, from, half, cudaMemcpyDeviceToDevice, b->stream)); });
         b->restore();
-        timer->add(0, host_us, b->stream, [&] { v->launch(block, b->stream); });
+        timer->add(0, host_us, b->stream, [&] {
+            const double start = bench_seconds();
+            v->launch(block, b->stream);
+            host = bench_seconds() - start;
+        });
     }
     std::vector<float>* lists[2] = { us, copies ? &run->copies[half].us : us };
     timer->take(run, lists);
     run->running = NULL;
+    return 1e6 * host;
 }
 
-// the best block size, then its figures
+// the best block size, then its figures. A slow variant's tries count among them
 static inline void bench_time(BenchRun* run, const BenchCandidate* v, BenchRow* row) {
     Bench* b = &run->bench;
+    const bool copies = run->flops == 0;
+    const double share = 1e6 * BENCH_ROW_SECONDS / (double)(v->blocks.size() + 1);
     double best = 0, best_host = 0;
-    const double share = BENCH_ROW_SECONDS / (double)(v->blocks.size() + 1);
     std::vector<float> us;
     for (int block : v->blocks) {
         std::vector<float> tries;
-        b->restore();
-        run->running = v->name, run->running_block = block;
-        double start = bench_seconds();
-        v->launch(block, b->stream);
-        const double host_us = 1e6 * (bench_seconds() - start);
-        bench_wait(run);
-        bench_time_some(run, v, block, 1, 0, host_us, &tries);
-        if (tries[0] < 1e6 * share) {
-            const double each = tries[0] + 100 + host_us;
-            const int n = (int)std::min<double>(BENCH_TRIES, std::max(1.0, 1e6 * share / each));
+        const double host_us = bench_time_some(run, v, block, 1, 0, 0, &tries);
+        if (tries[0] < share) {
+            const int n = (int)std::min<double>(BENCH_TRIES, std::max(1.0, share / (tries[0] + 100 + host_us)));
             tries.clear();
             bench_time_some(run, v, block, n, 0, host_us, &tries);
         }
@@ -368,10 +368,13 @@ static inline void bench_time(BenchRun* run, const BenchCandidate* v, BenchRow* 
         if (best == 0 || median < best) best = median, row->block = block, us = tries, best_host = host_us;
     }
     if (best < 1e6 * BENCH_ROW_SECONDS) {
-        const double each = best + 100 + best_host + (run->flops == 0 ? 0.2 * best : 0);
-        const int n = (int)std::min<double>(BENCH_LAUNCHES, std::max(3.0, 1e6 * BENCH_ROW_SECONDS / each));
-        us.clear();
-        bench_time_some(run, v, row->block, n, run->flops == 0 ? std::max(n / 5, 1) : 0, best_host, &us);
+        const double each = best + 100 + best_host + (copies ? 0.2 * best : 0);
+        int n = (int)std::min<double>(BENCH_LAUNCHES, std::max(3.0, 1e6 * BENCH_ROW_SECONDS / each));
+        if (n <= BENCH_TRIES)
+            n -= (int)us.size();
+        else
+            us.clear();
+        if (n > 0) bench_time_some(run, v, row->block, n, copies ? std::max(n / 5, 1) : 0, best_host, &us);
     }
     row->timed = true, row->once = us.size() < 3;
     row->us = bench_quantile(us, 0.5);
@@ -488,9 +491,14 @@ static inline void bench_print(BenchRun* run) {
     if (f.copy_us > 0) printf("   copy %.0f GB/s", run->traffic / f.copy_us * 1e-3);
     if (run->flops > 0 && f.peak_us > 0) printf("   %s %.1f TFLOP/s", run->yardstick, run->flops / f.peak_us * 1e-6);
     printf("   %s   seed %llu\n", run->gpu.c_str(), (unsigned long long)run->options.seed);
-    printf("  %-*s  %-8s %5s  %10s  %7s  %9s  %9s  %12s   what changed\n", width, "variant", "check", "block",
-           "median us", "spread", run->flops > 0 ? "TFLOP/s" : "GB/s", "% of peak",
-           (std::string("x ") + f.reference).c_str());
+    bool any_timed = false;
+    for (const BenchRow& r : run->rows) any_timed |= r.timed;
+    if (!any_timed)
+        printf("  %-*s  check\n", width, "variant");
+    else
+        printf("  %-*s  %-8s %5s  %10s  %7s  %9s  %9s  %12s   what changed\n", width, "variant", "check", "block",
+               "median us", "spread", run->flops > 0 ? "TFLOP/s" : "GB/s", "% of peak",
+               (std::string("x ") + f.reference).c_str());
     for (size_t i = 0; i < run->rows.size(); i++) {
         const BenchCandidate* v = &run->candidates[i];
         const BenchRow* r = &run->rows[i];
