@@ -165,13 +165,14 @@ static AdamWStep step_of(const Segment& t, uint64_t tensor, int step) {
 }
 
 // ---- 8 bits ----------------------------------------------------------------------------------
-// A moment is a float of 8 bits times the largest of its 256 neighbours: m a sign, 4 bits of exponent and 3 of mantissa, v 5 and
-// 3. So each number has its own precision, be it a hundredth of the largest; a linear code, of 1/255 of the largest, makes a
-// third of v zeros where the gradients of a block span two decades, and a zero there is a division by eps. Rounded at random,
-// or moments that change by a thousandth a step would stand still; v never to zero. Each rounding moves m by 3.7 % of itself,
-// sqrt(v) by 1.9 %, root mean square, and sqrt(v) by 6.1 % at most; on the mean by nothing
+// A moment is a float of 8 bits times the largest of its 256 neighbours: m a sign, 4 bits of exponent and 3 of mantissa, v 5
+// and 3. So each number has its own precision, be it a hundredth of the largest; a linear code, of 1/255 of the largest,
+// makes a third of v zeros where the gradients of a block span two decades, and a zero there is a division by eps. Rounded at
+// random, or moments that change by a thousandth a step would stand still; v never to zero. Each rounding moves m by 3.7 % of
+// itself, sqrt(v) by 1.9 %, root mean square, and sqrt(v) by 6.1 % at most; on the mean by nothing
 
-static const float CODE_TOP = 1.875f; // what the largest code stands for
+// the largest code stands for 1.875. Numbers are scaled to a hair below it: then rounding never goes beyond
+static const float CODE_SCALE = 1.874999f, CODE_UNIT = 1 / 1.875f;
 
 __host__ __device__ static inline float code_float(uint32_t bits) {
 #ifdef __CUDA_ARCH__
@@ -193,23 +194,28 @@ __host__ __device__ static inline float code_power(int exponent) {
     return code_float((uint32_t)(127 + exponent) << 23);
 }
 
-// unit is the block's largest number / CODE_TOP. The mantissa and exponent of the code are moved to those of a float
-template <bool POSITIVE>
-__host__ __device__ static inline float decode(uint8_t code, float unit) {
-    const float size =
-        code_float((uint32_t)(POSITIVE ? code : code & 0x7f) << 20) * code_power(POSITIVE ? 96 : 112) * unit;
-    return !POSITIVE && (code & 0x80) ? -size : size;
+// unit: the block's largest number * CODE_UNIT. The exponent and mantissa of the code become those of a float
+__host__ __device__ static inline float decode_m(uint8_t code, float unit) {
+    const int32_t bits = (int32_t)((uint32_t)code << 24) >> 4; // the sign goes along
+    return code_float((uint32_t)bits & 0x87f00000u) * code_power(112) * unit;
+}
+__host__ __device__ static inline float decode_v(uint8_t code, float unit) {
+    return code_float((uint32_t)code << 20) * code_power(96) * unit;
 }
 
-// inverse: CODE_TOP / the block's largest number. 16 random bits
-template <bool POSITIVE>
-__host__ __device__ static inline uint8_t encode(float x, float inverse, uint32_t random) {
-    const uint32_t most = POSITIVE ? 255 : 127;
-    uint32_t code =
-        (code_bits(fabsf(x) * inverse * code_power(POSITIVE ? -96 : -112)) + ((random & 0xffff) << 4)) >> 20;
-    code = code < most ? code : most;
-    if (POSITIVE && code == 0 && x > 0) code = 1;
-    return (uint8_t)(!POSITIVE && x < 0 ? code | 0x80 : code);
+// inverse: CODE_SCALE / the block's largest number. 20 random bits are added below the last place of the code
+__host__ __device__ static inline uint8_t encode_m(float x, float inverse, uint32_t random) {
+    const uint32_t size = code_bits(fabsf(x) * inverse * code_power(-112)) + (random & 0xfffffu);
+    return (uint8_t)(size >> 20 | (code_bits(x) >> 24 & 0x80));
+}
+__host__ __device__ static inline uint8_t encode_v(float x, float inverse, uint32_t random) {
+    const uint32_t code = (code_bits(x * inverse * code_power(-96)) + (random & 0xfffffu)) >> 20;
+    return (uint8_t)(code ? code : 1);
+}
+
+// 32 random bits for parameter i: two share a hash. m is rounded with the lower ones, v with the upper, w with those between
+__host__ __device__ static inline uint32_t lean_bits(uint64_t key, uint64_t i) {
+    return (uint32_t)(adamw_bits(key, i / 2) >> (i % 2 * 32));
 }
 
 // ---- the CPU's rows --------------------------------------------------------------------------
@@ -217,14 +223,14 @@ __host__ __device__ static inline uint8_t encode(float x, float inverse, uint32_
 // a row is BLOCK numbers of the arrays
 static int64_t rows(const Problem* p) { return (int64_t)(p->padded / BLOCK); }
 
-// the block's codes, and what they stand for in place of what was computed
-template <bool POSITIVE>
-static float recode(float* x, int n, const uint64_t* random, int shift) {
+// what the block's codes stand for, in place of what was computed; returns the largest
+static float recode(float* x, int n, const uint32_t* random, bool is_v) {
     float most = 0;
     for (int i = 0; i < n; i++) most = fmaxf(most, fabsf(x[i]));
-    const float inverse = most > 0 ? CODE_TOP / most : 0;
+    const float inverse = most > 0 ? CODE_SCALE / most : 0, unit = most * CODE_UNIT;
     for (int i = 0; i < n; i++)
-        x[i] = decode<POSITIVE>(encode<POSITIVE>(x[i], inverse, (uint32_t)(random[i] >> shift)), most / CODE_TOP);
+        x[i] = is_v ? decode_v(encode_v(x[i], inverse, random[i] >> 12), unit)
+                    : decode_m(encode_m(x[i], inverse, random[i]), unit);
     return most;
 }
 
@@ -236,24 +242,27 @@ static void reference_row(Bench* b, const Problem* p, size_t first, uint64_t ten
     const float* w0 = p->master ? b->host(p->full, first, n) : b->host(p->w, first, n);
     memcpy(w, w0, sizeof(float) * n);
     if (p->eight_bits) {
-        const float unit_m = *b->host(p->m_max, first / BLOCK, 1) / CODE_TOP,
-                    unit_v = *b->host(p->v_max, first / BLOCK, 1) / CODE_TOP;
+        const float unit_m = *b->host(p->m_max, first / BLOCK, 1) * CODE_UNIT,
+                    unit_v = *b->host(p->v_max, first / BLOCK, 1) * CODE_UNIT;
         const uint8_t *m8 = b->stored(p->m8) + first, *v8 = b->stored(p->v8) + first;
-        for (int i = 0; i < n; i++) m[i] = decode<false>(m8[i], unit_m), v[i] = decode<true>(v8[i], unit_v);
+        for (int i = 0; i < n; i++) m[i] = decode_m(m8[i], unit_m), v[i] = decode_v(v8[i], unit_v);
     } else {
         memcpy(m, p->m ? b->host(p->m, first, n) : b->host(p->m16, first, n), sizeof(float) * n);
         memcpy(v, p->v ? b->host(p->v, first, n) : b->host(p->v16, first, n), sizeof(float) * n);
     }
     for (int step = STEP; step < STEP + p->steps; step++) {
-        uint64_t random[BLOCK];
-        for (int i = 0; i < n; i++) random[i] = adamw_bits(adamw_key(SEED, tensor, step), first - t.first + i);
+        const uint64_t key = adamw_key(SEED, tensor, step), from = first - t.first;
+        uint32_t lean[BLOCK];
         adamw_cpu(w, m, v, g, (size_t)n, LR, BETA1, BETA2, EPS, t.decays ? DECAY : 0, step, scale);
-        if (p->eight_bits) m_max = recode<false>(m, n, random, 0), v_max = recode<true>(v, n, random, 16);
         for (int i = 0; i < n; i++) {
-            if (p->m16) m[i] = bf16_to_float(adamw_round(m[i], (uint32_t)random[i]));
-            if (p->m16) v[i] = bf16_to_float(adamw_round(v[i], (uint32_t)(random[i] >> 16)));
-            if (!p->master && sizeof(floatX) == 2) w[i] = bf16_to_float(adamw_round(w[i], (uint32_t)(random[i] >> 32)));
+            const uint64_t random = adamw_bits(key, from + i);
+            lean[i] = lean_bits(key, from + i);
+            if (p->m16) m[i] = bf16_to_float(adamw_round(m[i], (uint32_t)random));
+            if (p->m16) v[i] = bf16_to_float(adamw_round(v[i], (uint32_t)(random >> 16)));
+            if (!p->master && sizeof(floatX) == 2)
+                w[i] = bf16_to_float(adamw_round(w[i], p->eight_bits ? lean[i] >> 8 : (uint32_t)(random >> 32)));
         }
+        if (p->eight_bits) m_max = recode(m, n, lean, false), v_max = recode(v, n, lean, true);
     }
     b->expect(p->w, first, w, n);
     if (p->full) b->expect(p->full, first, w, n);
@@ -294,28 +303,33 @@ static const char* refuses_all_but_master(const Problem* p) {
     return p->m && p->master ? NULL : "for master weights and fp32 moments";
 }
 
-// what the moments take from a weight; in APPROXIMATE, root is 1 / root
-template <bool APPROXIMATE>
+// what the moments take from a weight. LEAN: a root and an inverse of one instruction each, wrong by 2^-22 at most; then
+// s.root is 1 / root
+template <bool LEAN>
 __device__ __forceinline__ float change(float m, float v, const AdamWStep& s) {
-    float root;
-    if (!APPROXIMATE) return s.step_size * m / (sqrtf(v) / s.root + s.eps);
-    asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(v));
-    return __fdividef(s.step_size * m, root * s.root + s.eps);
+    float root, inverse;
+    if (!LEAN) return s.step_size * m / (sqrtf(v) / s.root + s.eps);
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(v));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(root * s.root + s.eps));
+    return s.step_size * m * inverse;
 }
 
-// one parameter. APPROXIMATE: a root and a quotient of one instruction and some multiplications, wrong by 2^-21 at most
-template <typename M, bool MASTER, bool APPROXIMATE = false>
+// are numbers rounded at random?
+template <typename M, bool MASTER>
+static const bool AT_RANDOM = sizeof(M) == 2 || (!MASTER && sizeof(floatX) == 2);
+
+// one parameter and its random bits
+template <typename M, bool MASTER, bool LEAN = false>
 __device__ __forceinline__ void update(floatX& w, float& full, M& m, M& v, floatX g, const AdamWStep& s, float scale,
-                                       uint64_t key, uint64_t i) {
-    const uint64_t random = sizeof(M) == 2 || (!MASTER && sizeof(floatX) == 2) ? adamw_bits(key, i) : 0;
+                                       uint64_t random) {
     const float grad = to_float(g) * scale, old_m = to_float(m);
     const float new_m = old_m + s.mix1 * (grad - old_m), new_v = to_float(v) * s.beta2 + s.mix2 * grad * grad;
-    full = (MASTER ? full : to_float(w)) * s.keep - change<APPROXIMATE>(new_m, new_v, s);
+    full = (MASTER ? full : to_float(w)) * s.keep - change<LEAN>(new_m, new_v, s);
     adamw_store(m, new_m, random), adamw_store(v, new_v, random >> 16);
     if (MASTER)
         w = from_float<floatX>(full);
     else
-        adamw_store(w, full, random >> 32);
+        adamw_store(w, full, LEAN ? random >> 8 : random >> 32);
 }
 
 // ---- kernel_per_formula ----------------------------------------------------------------------
@@ -370,7 +384,8 @@ static __global__ void one_each_kernel(floatX* w, float* full, M* m, M* v, const
     float master = MASTER ? full[i] : 0;
     floatX weight = MASTER ? floatX() : w[i];
     M new_m = m[i], new_v = v[i];
-    update<M, MASTER>(weight, master, new_m, new_v, g[i], s, *grad_scale, s.key, i);
+    update<M, MASTER>(weight, master, new_m, new_v, g[i], s, *grad_scale,
+                      AT_RANDOM<M, MASTER> ? adamw_bits(s.key, i) : 0);
     w[i] = weight, m[i] = new_m, v[i] = new_v;
     if (MASTER) full[i] = master;
 }
@@ -439,38 +454,40 @@ static __global__ void __launch_bounds__(BULK_THREADS + WARP, 2)
     const size_t step = (size_t)gridDim.x * BULK_STAGE;
     int slot = 0;
     uint32_t phase = 0;
+    if (threadIdx.x >= BULK_THREADS) {
+        for (size_t start = (size_t)blockIdx.x * BULK_STAGE; start < n && threadIdx.x == BULK_THREADS; start += step) {
+            BulkStage* stage = &shared->stage[slot];
+            const uint32_t count = (uint32_t)min((unsigned long long)BULK_STAGE, (unsigned long long)(n - start));
+            const uint32_t bar = shared_address(&shared->full[slot]), narrow = count * sizeof(floatX),
+                           wide = count * sizeof(float);
+            mbarrier_wait(shared_address(&shared->empty[slot]), phase ^ 1);
+            mbarrier_expect(bar, narrow + 3 * wide);
+            bulk_load(shared_address(stage->full), full + start, wide, bar);
+            bulk_load(shared_address(stage->m), m + start, wide, bar);
+            bulk_load(shared_address(stage->v), v + start, wide, bar);
+            bulk_load(shared_address(stage->g), g + start, narrow, bar);
+            if (++slot == BULK_STAGES) slot = 0, phase ^= 1;
+        }
+        return;
+    }
     for (size_t start = (size_t)blockIdx.x * BULK_STAGE; start < n; start += step) {
         BulkStage* stage = &shared->stage[slot];
-        const int count = (int)min((unsigned long long)BULK_STAGE, (unsigned long long)(n - start));
-        const uint32_t arrived = shared_address(&shared->full[slot]), taken = shared_address(&shared->empty[slot]);
-        if (threadIdx.x == BULK_THREADS) {
-            const uint32_t narrow = (uint32_t)(count * sizeof(floatX)), wide = (uint32_t)(count * sizeof(float));
-            mbarrier_wait(taken, phase ^ 1);
-            mbarrier_expect(arrived, narrow + 3 * wide);
-            bulk_load(shared_address(stage->full), full + start, wide, arrived);
-            bulk_load(shared_address(stage->m), m + start, wide, arrived);
-            bulk_load(shared_address(stage->v), v + start, wide, arrived);
-            bulk_load(shared_address(stage->g), g + start, narrow, arrived);
-        } else if (threadIdx.x < BULK_THREADS) {
-            const int i = threadIdx.x * 4;
-            mbarrier_wait(arrived, phase);
-            AdamWPack<float, 4> fi = *(const AdamWPack<float, 4>*)(stage->full + i),
-                                mi = *(const AdamWPack<float, 4>*)(stage->m + i);
-            AdamWPack<float, 4> vi = *(const AdamWPack<float, 4>*)(stage->v + i);
-            const AdamWPack<floatX, 4> gi = *(const AdamWPack<floatX, 4>*)(stage->g + i);
-            AdamWPack<floatX, 4> wi;
-            __syncwarp();
-            if (threadIdx.x % WARP == 0) mbarrier_arrive(taken);
-            if (i < count) {
-                for (int k = 0; k < 4; k++)
-                    update<float, true>(wi.x[k], fi.x[k], mi.x[k], vi.x[k], gi.x[k], s, scale, 0, 0);
-                *(AdamWPack<float, 4>*)(full + start + i) = fi;
-                *(AdamWPack<float, 4>*)(m + start + i) = mi;
-                *(AdamWPack<float, 4>*)(v + start + i) = vi;
-                *(AdamWPack<floatX, 4>*)(w + start + i) = wi;
-            }
-        }
+        const int i = threadIdx.x * 4;
+        mbarrier_wait(shared_address(&shared->full[slot]), phase);
+        AdamWPack<float, 4> fi = *(const AdamWPack<float, 4>*)(stage->full + i);
+        AdamWPack<float, 4> mi = *(const AdamWPack<float, 4>*)(stage->m + i),
+                            vi = *(const AdamWPack<float, 4>*)(stage->v + i);
+        const AdamWPack<floatX, 4> gi = *(const AdamWPack<floatX, 4>*)(stage->g + i);
+        AdamWPack<floatX, 4> wi;
+        __syncwarp();
+        if (threadIdx.x % WARP == 0) mbarrier_arrive(shared_address(&shared->empty[slot]));
         if (++slot == BULK_STAGES) slot = 0, phase ^= 1;
+        if (start + i >= n) continue;
+        for (int k = 0; k < 4; k++) update<float, true>(wi.x[k], fi.x[k], mi.x[k], vi.x[k], gi.x[k], s, scale, 0);
+        *(AdamWPack<float, 4>*)(full + start + i) = fi;
+        *(AdamWPack<float, 4>*)(m + start + i) = mi;
+        *(AdamWPack<float, 4>*)(v + start + i) = vi;
+        *(AdamWPack<floatX, 4>*)(w + start + i) = wi;
     }
 #endif
 }
@@ -496,8 +513,35 @@ static const char* bulk_refuses(const Problem* p) {
 //         small model has nothing but small tensors, and each launch of its own has a tail in which most of the GPU is idle
 // limit   memory, with 28 bytes a parameter; the arithmetic, with 14
 
+// stores 4, 8 or 16 bytes if ok, without a branch: behind a branch that waits for a look-up the compiler puts all loads, too,
+// and what should be one latency becomes three in a row
+template <typename T>
+__device__ __forceinline__ void store_if(bool ok, T* p, const T& x) {
+    uint32_t v[sizeof(T) / 4];
+    memcpy(v, &x, sizeof x);
+    if constexpr (sizeof(T) == 32) {
+        asm volatile("{ .reg .pred ok; setp.ne.b32 ok, %0, 0; @ok st.global.v4.b32 [%1], {%2, %3, %4, %5};\n"
+                     "@ok st.global.v4.b32 [%1 + 16], {%6, %7, %8, %9}; }" ::"r"((int)ok),
+                     "l"(p), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]), "r"(v[4]), "r"(v[5]), "r"(v[6]), "r"(v[7])
+                     : "memory");
+    } else if constexpr (sizeof(T) == 16) {
+        asm volatile(
+            "{ .reg .pred ok; setp.ne.b32 ok, %0, 0; @ok st.global.v4.b32 [%1], {%2, %3, %4, %5}; }" ::"r"((int)ok),
+            "l"(p), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+            : "memory");
+    } else if constexpr (sizeof(T) == 8) {
+        asm volatile("{ .reg .pred ok; setp.ne.b32 ok, %0, 0; @ok st.global.v2.b32 [%1], {%2, %3}; }" ::"r"((int)ok),
+                     "l"(p), "r"(v[0]), "r"(v[1])
+                     : "memory");
+    } else {
+        asm volatile("{ .reg .pred ok; setp.ne.b32 ok, %0, 0; @ok st.global.b32 [%1], %2; }" ::"r"((int)ok), "l"(p),
+                     "r"(v[0])
+                     : "memory");
+    }
+}
+
 // two packs of COUNT for a thread: 256 threads for packs of 4, 128 for packs of 8
-template <typename M, bool MASTER, bool APPROXIMATE, int COUNT>
+template <typename M, bool MASTER, bool LEAN, int COUNT>
 static __global__ void __launch_bounds__(CHUNK / (2 * COUNT))
     segments_kernel(floatX* w, float* full, M* m, M* v, const floatX* g, const Segment* segments,
                     const uint16_t* owners, AdamWStep s, uint64_t seed, uint64_t step, const float* grad_scale) {
@@ -516,34 +560,36 @@ static __global__ void __launch_bounds__(CHUNK / (2 * COUNT))
         else
             wi[j] = *(const AdamWPack<floatX, COUNT>*)(w + i);
     }
+    __syncwarp(); // loads stay above it: or some are put off, to save registers
     const float scale = *grad_scale;
     const int tensor = owners[blockIdx.x];
     const Segment segment = segments[tensor];
-    if (!isfinite(scale)) return;
     if (!segment.decays) s.keep = 1;
     const uint64_t key = random_bits(seed, (uint64_t)tensor, step);
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-        const size_t i = chunk + (j * blockDim.x + threadIdx.x) * COUNT;
-        if (i >= segment.first + segment.n) continue;
-        for (int k = 0; k < COUNT; k++)
-            update<M, MASTER, APPROXIMATE>(wi[j].x[k], fi[j].x[k], mi[j].x[k], vi[j].x[k], gi[j].x[k], s, scale, key,
-                                           i - segment.first + k);
-        *(AdamWPack<M, COUNT>*)(m + i) = mi[j];
-        *(AdamWPack<M, COUNT>*)(v + i) = vi[j];
-        *(AdamWPack<floatX, COUNT>*)(w + i) = wi[j];
-        if (MASTER) *(AdamWPack<float, COUNT>*)(full + i) = fi[j];
+        const size_t i = chunk + (j * blockDim.x + threadIdx.x) * COUNT, own = i - segment.first;
+        const bool ok = own < segment.n && isfinite(scale);
+        for (int k = 0; k < COUNT; k++) {
+            uint64_t random = 0;
+            if (AT_RANDOM<M, MASTER> && LEAN) random = adamw_bits(key, own / 2 + k / 2) >> (k % 2 * 32) & 0xffffffffu;
+            if (AT_RANDOM<M, MASTER> && !LEAN) random = adamw_bits(key, own + k);
+            update<M, MASTER, LEAN>(wi[j].x[k], fi[j].x[k], mi[j].x[k], vi[j].x[k], gi[j].x[k], s, scale, random);
+        }
+        store_if(ok, (AdamWPack<M, COUNT>*)(m + i), mi[j]);
+        store_if(ok, (AdamWPack<M, COUNT>*)(v + i), vi[j]);
+        store_if(ok, (AdamWPack<floatX, COUNT>*)(w + i), wi[j]);
+        if (MASTER) store_if(ok, (AdamWPack<float, COUNT>*)(full + i), fi[j]);
     }
 }
 
 template <typename M, bool MASTER>
-static void segments_launch(const Problem* p, bool approximate, cudaStream_t stream, M* m, M* v) {
+static void segments_launch(const Problem* p, bool lean, cudaStream_t stream, M* m, M* v) {
     constexpr int COUNT = sizeof(M) == 2 && sizeof(floatX) == 2 && !MASTER ? 8 : 4;
-    const auto kernel =
-        approximate ? segments_kernel<M, MASTER, true, COUNT> : segments_kernel<M, MASTER, false, COUNT>;
+    const auto kernel = lean ? segments_kernel<M, MASTER, true, COUNT> : segments_kernel<M, MASTER, false, COUNT>;
     for (int step = STEP; step < STEP + p->steps; step++) {
         AdamWStep s = adamw_step(LR, BETA1, BETA2, EPS, DECAY, step, 0);
-        if (approximate) s.root = 1 / s.root;
+        if (lean) s.root = 1 / s.root;
         kernel<<<(unsigned)(p->padded / CHUNK), CHUNK / (2 * COUNT), 0, stream>>>(
             p->w, p->full, m, v, p->g, p->segments, p->owners, s, SEED, (uint64_t)step, p->grad_scale);
         launch_check();
@@ -552,17 +598,17 @@ static void segments_launch(const Problem* p, bool approximate, cudaStream_t str
 
 static void segments(const Problem* p, int, cudaStream_t stream) { EACH_KIND(segments_launch, p, false, stream); }
 
-// ---- approximate -----------------------------------------------------------------------------
-// idea    the narrower the storage, the more the arithmetic weighs: a root and two quotients, exact to the last bit, are 60
-//         instructions with what guards their ends, the random bits 40 more. Here the root and the quotient are the
-//         approximations of the special unit, wrong by 2^-21
-// limit   the hash that makes random bits, where they are needed
+// ---- lean ------------------------------------------------------------------------------------
+// idea    the narrower the storage, the more the arithmetic weighs: a root and two quotients, right to the last bit, are 60
+//         instructions with what guards their ends, a hash 30. Here the root and the inverse are single instructions of the
+//         special unit, wrong by 2^-22, and two parameters share a hash, of which each has 32 bits
+// limit   memory
 
-static void approximate(const Problem* p, int, cudaStream_t stream) { EACH_KIND(segments_launch, p, true, stream); }
+static void lean(const Problem* p, int, cudaStream_t stream) { EACH_KIND(segments_launch, p, true, stream); }
 
 // ---- eight_bits ------------------------------------------------------------------------------
-// idea    moments in 8 bits, see above. A warp has the 256 numbers of a block, so that their largest is known without a barrier;
-//         a lane has 4 neighbours and the 4 that lie 128 further on, so that no array is read with gaps
+// idea    moments in 8 bits, see above. A warp has the 256 numbers of a block, so that their largest is known without a
+//         barrier; a lane has 4 neighbours and the 4 that lie 128 further on, so that no array is read with gaps
 // limit   memory, of which 28 bytes have become 16; and some 60 instructions for each parameter
 
 template <bool MASTER>
@@ -573,60 +619,60 @@ static __global__ void __launch_bounds__(256)
     const size_t block = ((size_t)blockIdx.x * 256 + threadIdx.x) / WARP, from = block * BLOCK + threadIdx.x % WARP * 4;
     AdamWPack<floatX, 4> wi[2], gi[2];
     AdamWPack<float, 4> fi[2];
-    uchar4 codes_m[2], codes_v[2];
+    uint32_t codes_m[2], codes_v[2];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         const size_t i = from + j * (BLOCK / 2);
         gi[j] = *(const AdamWPack<floatX, 4>*)(g + i);
-        codes_m[j] = *(const uchar4*)(m + i), codes_v[j] = *(const uchar4*)(v + i);
+        codes_m[j] = *(const uint32_t*)(m + i), codes_v[j] = *(const uint32_t*)(v + i);
         if (MASTER)
             fi[j] = *(const AdamWPack<float, 4>*)(full + i);
         else
             wi[j] = *(const AdamWPack<floatX, 4>*)(w + i);
     }
-    const float unit_m = m_max[block] / CODE_TOP, unit_v = v_max[block] / CODE_TOP, scale = *grad_scale;
+    const float unit_m = m_max[block] * CODE_UNIT, unit_v = v_max[block] * CODE_UNIT;
+    __syncwarp(); // loads stay above it: or some are put off, to save registers
+    const float scale = *grad_scale;
     const int tensor = owners[blockIdx.x];
     const Segment segment = segments[tensor];
-    if (!isfinite(scale)) return;
     const float keep = segment.decays ? s.keep : 1;
     const uint64_t key = random_bits(seed, (uint64_t)tensor, step);
     float new_m[2][4], new_v[2][4], most_m = 0, most_v = 0;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         const bool mine = from + j * (BLOCK / 2) < segment.first + segment.n;
-        const uint8_t code_m[4] = { codes_m[j].x, codes_m[j].y, codes_m[j].z, codes_m[j].w };
-        const uint8_t code_v[4] = { codes_v[j].x, codes_v[j].y, codes_v[j].z, codes_v[j].w };
         for (int k = 0; k < 4; k++) {
-            const float grad = to_float(gi[j].x[k]) * scale, old_m = decode<false>(code_m[k], unit_m);
+            const float grad = to_float(gi[j].x[k]) * scale, old_m = decode_m((uint8_t)(codes_m[j] >> 8 * k), unit_m);
             new_m[j][k] = old_m + s.mix1 * (grad - old_m);
-            new_v[j][k] = decode<true>(code_v[k], unit_v) * s.beta2 + s.mix2 * grad * grad;
+            new_v[j][k] = decode_v((uint8_t)(codes_v[j] >> 8 * k), unit_v) * s.beta2 + s.mix2 * grad * grad;
             most_m = fmaxf(most_m, mine ? fabsf(new_m[j][k]) : 0), most_v = fmaxf(most_v, mine ? new_v[j][k] : 0);
         }
     }
     most_m = warp_max(most_m), most_v = warp_max(most_v);
-    const float inverse_m = most_m > 0 ? CODE_TOP / most_m : 0, inverse_v = most_v > 0 ? CODE_TOP / most_v : 0;
-    if (block * BLOCK >= segment.first + segment.n) return;
-    if (threadIdx.x % WARP == 0) m_max[block] = most_m, v_max[block] = most_v;
+    const float inverse_m = most_m > 0 ? __fdividef(CODE_SCALE, most_m) : 0;
+    const float inverse_v = most_v > 0 ? __fdividef(CODE_SCALE, most_v) : 0;
+    const bool first = threadIdx.x % WARP == 0 && block * BLOCK < segment.first + segment.n && isfinite(scale);
+    store_if(first, m_max + block, most_m), store_if(first, v_max + block, most_v);
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-        const size_t i = from + j * (BLOCK / 2);
-        if (i >= segment.first + segment.n) continue;
-        uint8_t code_m[4], code_v[4];
+        const size_t i = from + j * (BLOCK / 2), own = i - segment.first;
+        const bool ok = own < segment.n && isfinite(scale);
+        uint32_t code_m[4], code_v[4];
         for (int k = 0; k < 4; k++) {
-            const uint64_t random = adamw_bits(key, i - segment.first + k);
+            const uint32_t random = (uint32_t)(adamw_bits(key, own / 2 + k / 2) >> (k % 2 * 32));
             const float old_w = MASTER ? fi[j].x[k] : to_float(wi[j].x[k]);
             fi[j].x[k] = old_w * keep - change<true>(new_m[j][k], new_v[j][k], s);
-            code_m[k] = encode<false>(new_m[j][k], inverse_m, (uint32_t)random);
-            code_v[k] = encode<true>(new_v[j][k], inverse_v, (uint32_t)(random >> 16));
+            code_m[k] = encode_m(new_m[j][k], inverse_m, random);
+            code_v[k] = encode_v(new_v[j][k], inverse_v, random >> 12);
             if (MASTER)
                 wi[j].x[k] = from_float<floatX>(fi[j].x[k]);
             else
-                adamw_store(wi[j].x[k], fi[j].x[k], random >> 32);
+                adamw_store(wi[j].x[k], fi[j].x[k], random >> 8);
         }
-        *(uchar4*)(m + i) = make_uchar4(code_m[0], code_m[1], code_m[2], code_m[3]);
-        *(uchar4*)(v + i) = make_uchar4(code_v[0], code_v[1], code_v[2], code_v[3]);
-        *(AdamWPack<floatX, 4>*)(w + i) = wi[j];
-        if (MASTER) *(AdamWPack<float, 4>*)(full + i) = fi[j];
+        store_if(ok, (uint32_t*)(m + i), code_m[0] | code_m[1] << 8 | code_m[2] << 16 | code_m[3] << 24);
+        store_if(ok, (uint32_t*)(v + i), code_v[0] | code_v[1] << 8 | code_v[2] << 16 | code_v[3] << 24);
+        store_if(ok, (AdamWPack<floatX, 4>*)(w + i), wi[j]);
+        if (MASTER) store_if(ok, (AdamWPack<float, 4>*)(full + i), fi[j]);
     }
 }
 
@@ -666,7 +712,7 @@ static const Variant<Problem> variants[] = {
     { "packs_of_gradients", packs_of_gradients, { 0 },         "16 bytes of gradients: 8 parameters a thread", refuses_all_but_master },
     { "bulk",               bulk,               { 0 },         "the copy engine reads ahead", bulk_refuses },
     { "segments",           segments,           { 0 },         "one launch for all tensors", refuses_codes },
-    { "approximate",        approximate,        { 0 },         "a root and a quotient of 2^-21", refuses_codes },
+    { "lean",               lean,               { 0 },         "root, inverse and random bits in few instructions", refuses_codes },
     { "eight_bits",         eight_bits,         { 0 },         "8-bit moments, one launch for all tensors", eight_bits_refuses },
     { "production",         production,         { 0 },         "llmc/adamw.h: 4 or 8 parameters, twice; a launch a tensor", refuses_codes },
 };

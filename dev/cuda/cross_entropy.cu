@@ -4,11 +4,11 @@ Cross-entropy: softmax over the vocabulary, the loss of each row's label, and th
     loss[n]   = log(sum over v of e^l[n, v]) - l[n, label[n]]
     dl[n, v]  = scale * (e^l[n, v] / sum - [v = label[n]])              a label of -100: loss 0, a row of zeros
 
-Counted         2*N*V numbers: each logit is read once, each gradient written once. 8192 x 128256 in bf16: 4.2 GB, 0.98 ms at the
-                4.30 TB/s of a copy on an H200. Beside that the arithmetic is not free: two powers for each number, of which
-                132 multiprocessors make 16 each in a clock: 0.6 ms, in which memory must not rest
-The difficulty  A row of 128256 bf16 is 250 KB, more than the shared memory of a multiprocessor (227 KB), and no gradient is known
-                before the whole row has been seen. Either the row is read twice, or several blocks keep it together: a
+Counted         2*N*V numbers: each logit is read once, each gradient written once. 8192 x 128256 in bf16: 4.2 GB, 0.98 ms at
+                the 4.30 TB/s of a copy on an H200. Beside that the arithmetic is not free: two powers for each number, of
+                which 132 multiprocessors make 16 each in a clock: 0.6 ms, in which memory must not rest
+The difficulty  A row of 128256 bf16 is 250 KB, more than the shared memory of a multiprocessor (227 KB), and no gradient is
+                known before the whole row has been seen. Either the row is read twice, or several blocks keep it together: a
                 cluster, whose blocks send each other their sums
 */
 #include "bench.cuh"
@@ -265,10 +265,10 @@ static void online_softmax(const Problem* p, int block, cudaStream_t stream) {
 }
 
 // ---- in_place --------------------------------------------------------------------------------
-// idea    one kernel for loss and gradient: the block that has just read a row reads it again, and finds most of it in L2. What
-//         llmc/cross_entropy.h runs where there are no clusters
-// limit   132 rows of 250 KB and the gradients on their way out share the L2; what a row pays twice is also the way from L2 to
-//         the multiprocessor, and while a block adds up its last sums it asks for nothing
+// idea    one kernel for loss and gradient: the block that has just read a row reads it again, and finds most of it in L2.
+//         What llmc/cross_entropy.h runs where there are no clusters
+// limit   132 rows of 250 KB and the gradients on their way out share the L2; what a row pays twice is also the way from L2
+//         to the multiprocessor, and while a block adds up its last sums it asks for nothing
 
 static void in_place(const Problem* p, int, cudaStream_t stream) {
     cross_entropy_plain_kernel<<<(unsigned)p->N, CROSS_ENTROPY_PLAIN_THREADS, 0, stream>>>(
@@ -484,9 +484,9 @@ struct Ring {
         if (lane < plan_of.blocks) send(&shared()->sums[e][rank * WARPS + warp], s, &shared()->summed[e], lane);
     }
 
-    // Waits for the sums of all blocks; the loss and the gradients. An exchange's place is used again EXCHANGES rows later. By
-    // then all warps have read it: whoever sends for row i + 2 has the sums of row i + 1, which each warp sends after it has
-    // read those of row i; and with AHEAD, whoever sends for row i + 4 has those of row i + 2, which are sent after that
+    // Waits for the sums of all blocks; the loss and the gradients. An exchange's place is used again EXCHANGES rows later.
+    // By then all warps have read it: whoever sends for row i + 2 has the sums of row i + 1, which each warp sends after it
+    // has read those of row i; and with AHEAD, whoever sends for row i + 4 has those of row i + 2, which are sent after that
     __device__ __forceinline__ void write(const Row& row) {
         const int lane = threadIdx.x % WARP, e = row.exchange % EXCHANGES;
         wait_for_blocks(&shared()->summed[e], (uint32_t)(row.exchange / EXCHANGES & 1));

@@ -5,10 +5,10 @@ Embedding, backward: each row of the table receives the sum of the gradients of 
 
 Counted         dx is read once; the rows of dw that are named are read and written once: (N + 2 * distinct) * C numbers, and
                 the ids. Text names few rows often, random tokens many rows once: both are shapes here
-The card        an H200 copies 4.30 TB/s: N 16384, C 2048 in bf16, 193 MB for random tokens, a floor of 45 us; about 120 MB for
-                text, 28 us. Times so short are spoilt by every kernel that is launched and by every look-up that waits
-The difficulty  A sum of floats depends on its order, and the same run twice shall give the same bits: no atomics. So the tokens must
-                be put in order first. And one token can be a third of the batch: padding
+The card        an H200 copies 4.30 TB/s: N 16384, C 2048 in bf16, 193 MB for random tokens, a floor of 45 us; about 120 MB
+                for text, 28 us. Times so short are spoilt by every kernel that is launched and by every look-up that waits
+The difficulty  A sum of floats depends on its order, and the same run twice shall give the same bits: no atomics. So the
+                tokens must be put in order first. And one token can be a third of the batch: padding
 */
 #include "bench.cuh"
 #include "llmc/embedding.h"
@@ -213,7 +213,8 @@ __device__ __forceinline__ T* tile_last(T* parts, int tile, int C) {
     return parts + ((size_t)tile * 2 + 1) * C;
 }
 
-// ids (N) sorted, places (N): where each stood; not __restrict__, or they might be read before the wait. `rows` of them, at most 32, are a tile
+// ids (N) sorted, places (N): where each stood; not __restrict__, or they might be read before the wait. `rows` of them, at
+// most 32, are a tile
 static __global__ void __launch_bounds__(TILE_THREADS, 4)
     tiles_kernel(floatX* dw, float* parts, const floatX* __restrict__ dx, const int32_t* ids, const int32_t* places,
                  int rows, int N, int C) {
@@ -266,8 +267,8 @@ static __global__ void __launch_bounds__(TILE_THREADS, 4)
     tile_leave((foreign == count ? tile_first(parts, tile, C) : tile_last(parts, tile, C)) + c, sum);
 }
 
-// Block (i, j): the run that begins in tile i and goes on behind it, if there is one, in the columns of slice j. Each warp adds
-// the parts of every 8th tile; their sums are added in the order of the warps
+// Block (i, j): the run that begins in tile i and goes on behind it, if there is one, in the columns of slice j. Each warp
+// adds the parts of every 8th tile; their sums are added in the order of the warps
 static __global__ void __launch_bounds__(TILE_THREADS)
     tile_seams_kernel(floatX* dw, const float* parts, const int32_t* ids, int rows, int N, int C) {
     enum { WARPS = TILE_THREADS / WARP };
@@ -336,17 +337,17 @@ static void tiles(const Problem* p, int rows, cudaStream_t stream) {
 }
 
 // ---- buckets ---------------------------------------------------------------------------------
-// idea    one kernel puts the tokens in order, and no block waits for another: each of 128 blocks looks through all ids, 64 KB
-//         that lie in L2, and takes those that leave its number as the rest of a division by 128. How many leave a lower one
-//         it counts on the way: there its part of the order begins. Within the part it counts each id, and a warp gives the
-//         tokens their places, in their old order
+// idea    one kernel puts the tokens in order, and no block waits for another: each of 128 blocks looks through all ids, 64
+//         KB that lie in L2, and takes those that leave its number as the rest of a division by 128. How many leave a lower
+//         one it counts on the way: there its part of the order begins. Within the part it counts each id, and a warp gives
+//         the tokens their places, in their old order
 // limit   a warp walks through rows of which it takes 512 bytes, and 32 of those one after another
 
 enum { BUCKETS = 128, BUCKET_THREADS = 1024, BUCKET_LIST = 4096, BUCKET_HELD = 16, BUCKET_AT_ONCE = 4, PIECE = 32 };
 
-// Block b sorts the tokens whose id leaves the rest b: sorted (N) are the ids, places (N) where each stood. rests (N): of each
-// PIECE-th token of an id the number of those that follow, itself counted, negative where the id has more than PIECE tokens;
-// 0 of the others. list (N) is used when a bucket has more tokens than fit in shared memory
+// Block b sorts the tokens whose id leaves the rest b: sorted (N) are the ids, places (N) where each stood. rests (N): of
+// each PIECE-th token of an id the number of those that follow, itself counted, negative where the id has more than PIECE
+// tokens; 0 of the others. list (N) is used when a bucket has more tokens than fit in shared memory
 static __global__ void __launch_bounds__(BUCKET_THREADS)
     buckets_kernel(int32_t* sorted, int32_t* places, int32_t* rests, int32_t* list, const int32_t* __restrict__ ids,
                    int N, int V) {
@@ -463,10 +464,10 @@ static const char* buckets_refuses(const Problem* p) {
 }
 
 // ---- pieces ----------------------------------------------------------------------------------
-// idea    the order comes with what a look-up was for: how many rows the run has that begins here. Whole rows again, 256 threads
-//         for each, so that its bytes are asked for together; blocks that stay, and know what comes next before they have
-//         done what is now. A piece of a run is 32 rows at most; only runs of several pieces need the second kernel, which
-//         has 1024 threads for them, a quarter of the pieces each
+// idea    the order comes with what a look-up was for: how many rows the run has that begins here. Whole rows again, 256
+//         threads for each, so that its bytes are asked for together; blocks that stay, and know what comes next before they
+//         have done what is now. A piece of a run is 32 rows at most; only runs of several pieces need the second kernel,
+//         which has 1024 threads for them, a quarter of the pieces each
 // limit   three launches of a few microseconds each, in which little else happens
 
 enum { PIECE_THREADS = 256, PIECE_AHEAD = 4, SEAM_GROUPS = 4 };

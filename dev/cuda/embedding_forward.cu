@@ -3,8 +3,8 @@ Embedding, forward: row n of x is the row of the table that token n names.
 
     x[n] = w[ids[n]]            x (N, C)    w (V, C)    ids (N)
 
-Counted         each row of w that is named is read once, each row of x written once, and the ids: (distinct + N) * C numbers. Text
-                names the same rows again and again; those come from the L2, so that there writing is most of it
+Counted         each row of w that is named is read once, each row of x written once, and the ids: (distinct + N) * C numbers.
+                Text names the same rows again and again; those come from the L2, so that there writing is most of it
 The card        an H200 copies 4.30 TB/s: N 16384, C 2048 in bf16 and all ids different, 134 MB, a floor of 31 us
 */
 #include "bench.cuh"
@@ -92,8 +92,8 @@ static void row_per_warp(const Problem* p, int block, cudaStream_t stream) {
 }
 
 // ---- packs -----------------------------------------------------------------------------------
-// idea    production's 16 bytes a lane, but a warp takes 128 of them out of four rows: four look-ups are under way together, and
-//         so are the four loads that depend on them, in rows of any width
+// idea    production's 16 bytes a lane, but a warp takes 128 of them out of four rows: four look-ups are under way together,
+//         and so are the four loads that depend on them, in rows of any width
 // limit   the look-up before the load: the first bytes of a row come two latencies after the warp has started
 
 enum { PACKS_ROWS = 4 };
@@ -153,10 +153,12 @@ static __global__ void __launch_bounds__(WARP)
             tma_store_commit();
             tma_store_wait_read<BULK_BEHIND>();
         }
+        __syncwarp(); // the others wait: uniform registers, which the copy engine takes its orders from, are the whole warp's
         if (lane == 0 && next < count) {
             mbarrier_expect(bar + 8 * to, bytes);
             bulk_load(memory + to * bytes, w + (size_t)row * C, bytes, bar + 8 * to);
         }
+        __syncwarp();
         if (i >= 0 && ++slot == slots) slot = 0, parity ^= 1;
         if (++to == slots) to = 0;
     }

@@ -7,10 +7,11 @@ Counted         6 * N * V * C FLOPs: N 8192, V 128256, C 2048 are 12.9 TFLOP, 19
                 H200. The logits are read and written once beside that, 1 ms. "% of peak" is beside the row "whole", which
                 has no other overhead than that
 Memory          beyond x, w, dx, dw and the losses: the logits of a chunk of rows, rows * Vp numbers, and with dw32 the sum of
-                the chunks' parts of dw in fp32, 4 * V * C bytes. Printed above each table of bf16, with the error of dw when it is
-                rounded to bf16 after each chunk and when it is rounded once
-Rows            in the column of block sizes. A chunk must be large: each reads w twice and reads and writes dw, and a product of
-                few rows does not fill 132 multiprocessors. dx = dl · w has rows / 128 * C / 256 tiles: 64 for 1024 rows of 2048
+                the chunks' parts of dw in fp32, 4 * V * C bytes. Printed above each table of bf16, with the error of dw when
+                it is rounded to bf16 after each chunk and when it is rounded once
+Rows            in the column of block sizes. A chunk must be large: each reads w twice and reads and writes dw, and a product
+                of few rows does not fill 132 multiprocessors. dx = dl · w has rows / 128 * C / 256 tiles: 64 for 1024 rows of
+                2048
 */
 #define YARDSTICK "whole"
 #include "bench.cuh"
@@ -161,8 +162,8 @@ static void chunks_fp32(const Problem* p, int most, cudaStream_t stream) {
 }
 
 // ---- two_streams -----------------------------------------------------------------------------
-// idea    products wait for FLOPs and the loss for memory: the loss of a chunk runs in a second stream, beside the logits of the
-//         next chunk and the gradients of the one before. Two chunks have logits
+// idea    products wait for FLOPs and the loss for memory: the loss of a chunk runs in a second stream, beside the logits of
+//         the next chunk and the gradients of the one before. Two chunks have logits
 // limit   a product takes all shared memory of a multiprocessor: the loss runs where one has just ended, and what it takes of
 //         the memory's pipes the product misses
 
