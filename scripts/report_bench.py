@@ -243,8 +243,8 @@ def table_text(rows):
 
 def origin_of(info, rows):
     gpu = info.get("machine") or rows[0].get("gpu", "an unknown GPU")
-    parts = [gpu] + [f"{name} {info[key]}" for key, name in (("driver", "driver"), ("nvcc", "nvcc"), ("power_limit", "power limit"),
-                                                               ("commit", "commit")) if info.get(key)]
+    parts = [gpu] + [f"{name} {info[key]}" for key, name in (("driver", "driver"), ("nvcc", "nvcc"), ("commit", "commit"))
+                     if info.get(key)]
     return ", ".join(parts + [info["date"]] if info.get("date") else parts)
 
 
@@ -268,7 +268,7 @@ def chart(op, tables, origin, path):
         unit = rate(rows[0])[1]
         peak = next((row["copy_GBps"] for row in rows if "copy_GBps" in row), None)
         most = max(values + ([peak] if peak else []))
-        axis.barh(range(len(rows)), values, color=[colours.get(row.get("kind"), colours["variant"]) for row in rows], height=0.72)
+        axis.barh(range(len(rows)), values, height=0.72, color=[colours.get(row.get("kind"), colours["variant"]) for row in rows])
         for i, row in enumerate(rows):
             axis.text(values[i] + 0.008 * most, i, f"{rate_text(row)} {unit}, {us_text(row['median_us'])} µs", va="center",
                       fontsize=8, color="#333333", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
@@ -304,7 +304,8 @@ def summary_row(op, key, rows, folder):
     peers = [row for row in rows if row.get("kind") == "peer" and timed(row)]
     reference = next((row for row in ours if row["kind"] == "production"), None) or \
         next((row for row in ours if row["kind"] == "yardstick"), None) or min(ours, key=lambda row: row["median_us"])
-    first, best = ours[0], min((row for row in ours if row is reference or row["kind"] == "variant"), key=lambda row: row["median_us"])
+    first = ours[0]
+    best = min((row for row in ours if row is reference or row["kind"] == "variant"), key=lambda row: row["median_us"])
     value, unit = rate(reference)
     us = reference["median_us"]
     peer = min(peers, key=lambda row: row["median_us"]) if peers else None
@@ -326,11 +327,13 @@ def summary_text(ops, programs, info, origin, folder):
                  if any(row.get("kind") != "peer" and timed(row) for row in tables[key])]
         if lines:
             text += f"\n{dtype}: the row that ships (\"production\"; in files without one, the yardstick)\n\n"
-            text += "| op | shape | µs | rate | % of peak | faster than the first row | faster in the lab | best of PyTorch, Liger: time, × ours |\n"
+            text += "| op | shape | µs | rate | % of peak | faster than the first row | faster in the lab " \
+                    "| best of PyTorch, Liger: time, × ours |\n"
             text += "| --- | --- | ---: | ---: | ---: | --- | --- | --- |\n" + "".join(lines)
     wrong = [f"{op}, {dtype}, {shape}: `{row['variant']}` {row['check']}" for op, tables in ops.items()
              for (dtype, shape), rows in tables.items() for row in rows if row["check"].startswith("WRONG")]
-    ended = [f"{name} {precision}: " + ("out of time" if p["code"] is None else f"exit code {p['code']}") + f", {p.get('error', '')}"
+    how = lambda p: "out of time" if p["code"] is None else f"exit code {p['code']}"
+    ended = [f"{name} {precision}: {how(p)}, {p.get('error', '')}"
              for (name, precision), p in programs.items() if p.get("code") != 0]
     for title, items in (("Wrong, and not timed", wrong), ("Programs that did not end well", ended)):
         if items:
@@ -364,8 +367,9 @@ def command_write(options):
     except ImportError:
         charts = False
         print("no matplotlib here: tables without charts (pip install matplotlib, then run this again)", file=sys.stderr)
+    short_origin = ", ".join(filter(None, (gpu, info.get("date"), info.get("commit"))))
     for op, tables in ops.items():
-        drawn = charts and chart(op, tables, ", ".join(filter(None, (gpu, info.get("date"), info.get("commit")))), folder / f"{op}.png")
+        drawn = charts and chart(op, tables, short_origin, folder / f"{op}.png")
         text = f"# {op}\n\nThe variants are in [dev/cuda/{op}.cu](../../{op}.cu). {origin}.\n"
         if drawn or (folder / f"{op}.png").exists():
             text += f"\n![{op}]({op}.png)\n"
@@ -425,7 +429,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|write|map")
     run = commands.add_parser("run", help="run the programs of the lab on this GPU")
     run.add_argument("programs", nargs="+", help="as built by make -C dev/cuda")
-    run.add_argument("--out", type=Path, default=Path("results.jsonl"), help="results.jsonl; beside it results.txt with what was printed")
+    run.add_argument("--out", type=Path, default=Path("results.jsonl"), help="beside it, .txt: what was printed")
     run.add_argument("--seconds", type=float, default=480, help="for all of it, about (480)")
     run.add_argument("--selftest", help="the self-test, run first")
     run.add_argument("--peers", help="peers.py, run last")

@@ -50,7 +50,7 @@ Times           For each launch: in_place arrays restored; the L2 filled with li
                 figures. Copies of as many bytes (half read, half written) run between them under the same rules: "% of
                 peak" is beside their median. Where flops are given, it is beside the row YARDSTICK: "library", unless the file
                 defines another name before it includes this one
-Reference row   "x production" is beside the row "production"; where it is not timed or there is none, beside YARDSTICK, else beside
+Reference row   "x production" is beside the row "production"; where that is not timed, beside YARDSTICK, else beside
                 the last row. It is checked first, and the others from the last row up
 
     #define BENCH_DTYPE "fp32"              before the include, in a file whose problem does not follow floatX
@@ -111,7 +111,7 @@ static const double BENCH_ROW_SECONDS = 0.3;
 
 // ---- one shape -------------------------------------------------------------------------------
 
-// production first, then the yardstick, then the others from the last row up: what a time limit leaves out is the slow beginnings
+// production first, then the yardstick, then the others from the last row up: a time limit leaves out slow beginnings
 static inline std::vector<size_t> bench_order(const BenchRun* run) {
     std::vector<size_t> order;
     for (int rank = 0; rank < 3; rank++)

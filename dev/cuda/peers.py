@@ -2,7 +2,7 @@
 """
 PyTorch and Liger-Kernel on the lab's problems, timed as the lab times: rows for the same tables.
 
-    build/lab/cuda/rmsnorm_forward-BF16 --json results.jsonl            the lab's rows: sizes, bytes or FLOPs, copies, production
+    build/lab/cuda/rmsnorm_forward-BF16 --json results.jsonl      the lab's rows: sizes, bytes or FLOPs, copies, production
     dev/cuda/peers.py --results results.jsonl --json peers.jsonl        the peers' rows; make -C dev/cuda report does both
     LIGER=folder …                                                      a folder with liger_kernel/ (PyPI's wheel, unpacked)
 
@@ -200,7 +200,8 @@ def adamw(s, dtype, shape):
     w = torch.randn(n, device=DEVICE)
     w.grad = torch.randn_like(w)
     fused = torch.optim.AdamW([w], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=DEVICE == "cuda")
-    return Case("step", (), {"torch eager": lambda: fused.step()}, {"torch eager": "AdamW(fused=True), weights and gradients in fp32"})
+    return Case("step", (), {"torch eager": lambda: fused.step()},
+                {"torch eager": "AdamW(fused=True), weights and gradients in fp32"})
 
 
 def global_norm(s, dtype, shape):
@@ -212,7 +213,8 @@ def global_norm(s, dtype, shape):
 
 def reduce(s, dtype, shape):
     x = random(s["N"], dtype=dtype)
-    return Case("forward", (x,), {"torch eager": lambda x: x.sum(dtype=torch.float32), "torch.compile": lambda x: x.float().sum()})
+    return Case("forward", (x,), {"torch eager": lambda x: x.sum(dtype=torch.float32),
+                                  "torch.compile": lambda x: x.float().sum()})
 
 
 def softmax(s, dtype, shape):
@@ -270,7 +272,8 @@ def embedding_backward(s, dtype, shape):
     dw = torch.zeros(s["V"], s["C"], dtype=dtype, device=DEVICE)
     return Case("step", (), {"torch eager": lambda: torch.ops.aten.embedding_dense_backward(dx, ids, s["V"], -1, False),
                              "torch index_add_": lambda: dw.index_add_(0, ids, dx)},
-                {"torch eager": "embedding_dense_backward: zeroes all V rows, sorts, sums", "torch index_add_": "atomic, adds to dw"})
+                {"torch eager": "embedding_dense_backward: zeroes all V rows, sorts, sums",
+                 "torch index_add_": "atomic, adds to dw"})
 
 
 def attention(mode):
@@ -286,7 +289,8 @@ def attention(mode):
             return call
         if dtype == torch.float32:
             return Case(mode, (q, k, v), {"torch eager": on(SDPBackend.EFFICIENT_ATTENTION)})
-        return Case(mode, (q, k, v), {"FlashAttention-2": on(SDPBackend.FLASH_ATTENTION), "cuDNN (torch)": on(SDPBackend.CUDNN_ATTENTION)})
+        return Case(mode, (q, k, v), {"FlashAttention-2": on(SDPBackend.FLASH_ATTENTION),
+                                      "cuDNN (torch)": on(SDPBackend.CUDNN_ATTENTION)})
     return case
 
 
@@ -302,7 +306,8 @@ def attention_decode(s, dtype, shape):
             with sdpa_kernel(backend):
                 return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         return call
-    return Case("forward", (q, k, v), {"FlashAttention-2": on(SDPBackend.FLASH_ATTENTION), "cuDNN (torch)": on(SDPBackend.CUDNN_ATTENTION)})
+    return Case("forward", (q, k, v), {"FlashAttention-2": on(SDPBackend.FLASH_ATTENTION),
+                                       "cuDNN (torch)": on(SDPBackend.CUDNN_ATTENTION)})
 
 
 def matmul(s, dtype, shape):
@@ -316,13 +321,15 @@ OPS = {
     "rope_forward": rope("forward"), "rope_backward": rope("backward"),
     "swiglu_forward": swiglu("forward"), "swiglu_backward": swiglu("backward"),
     "cross_entropy": cross_entropy, "lm_head_loss": lm_head_loss,
-    "attention_forward": attention("forward"), "attention_backward": attention("backward"), "attention_decode": attention_decode,
+    "attention_forward": attention("forward"), "attention_backward": attention("backward"),
+    "attention_decode": attention_decode,
     "matmul": matmul, "matmul_fp32": matmul, "adamw": adamw, "global_norm": global_norm,
     "embedding_forward": embedding_forward, "embedding_backward": embedding_backward,
     "softmax": softmax, "transpose": transpose, "permute": permute, "residual": addition, "vecadd": addition, "reduce": reduce,
     "repeat_kv_forward": repeat_kv("forward"), "repeat_kv_backward": repeat_kv("backward"),
 }
-NOT_COMPILED = {"attention_forward", "attention_backward", "attention_decode", "matmul", "matmul_fp32", "adamw", "embedding_backward"}
+NOT_COMPILED = {"attention_forward", "attention_backward", "attention_decode", "matmul", "matmul_fp32", "adamw",
+                "embedding_backward"}
 
 
 # ---- timing ----------------------------------------------------------------------------------
@@ -405,7 +412,8 @@ class Problem:
 
     def __init__(self, rows):
         row = rows[0]
-        self.op, self.shape, self.sizes, self.dtype, self.work = row["op"], row["shape"], row["sizes"], row["dtype"], row["work"]
+        self.op, self.shape, self.sizes, self.dtype = row["op"], row["shape"], row["sizes"], row["dtype"]
+        self.work = row["work"]
         self.flops = any("TFLOPs" in r for r in rows)
         self.copy = next((r["copy_GBps"] for r in rows if "copy_GBps" in r), 0)
         us = {kind: next((r["median_us"] for r in rows if r.get("kind") == kind and "median_us" in r), 0)
@@ -414,8 +422,8 @@ class Problem:
         self.model = bool(re.match(r"(1B|8B)\b", self.shape))
 
     def row(self, variant, what, gpu):
-        return {"op": self.op, "shape": self.shape, "sizes": self.sizes, "dtype": self.dtype, "variant": variant, "kind": "peer",
-                "check": "ok", "block": 0, "work": self.work, "what": what, "gpu": gpu}
+        return {"op": self.op, "shape": self.shape, "sizes": self.sizes, "dtype": self.dtype, "variant": variant,
+                "kind": "peer", "check": "ok", "block": 0, "work": self.work, "what": what, "gpu": gpu}
 
     def timed_row(self, variant, what, gpu, us, spread):
         row = self.row(variant, what, gpu)
@@ -537,7 +545,7 @@ def main():
     jobs, done = jobs_of(problems, variants), 0
     for problem, compiled in jobs:
         if options.time_limit and time.monotonic() - begin > options.time_limit:
-            print(f"peers: {len(jobs) - done} of {len(jobs)} problems are left out: the time limit of {options.time_limit:.0f} s")
+            print(f"peers: {len(jobs) - done} of {len(jobs)} problems left out: the time limit of {options.time_limit:.0f} s")
             break
         try:
             run_job(problem, compiled is not None, variants, timer, gpu, emit)

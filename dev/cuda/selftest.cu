@@ -190,7 +190,7 @@ static const Variant<Problem> variants[] = {
     { "production",              plant<NONE>,               { 128 },         "" },
 };
 
-// production itself is wrong: in a row that the CPU computes, and by a NaN elsewhere; the right ones must be accepted all the same
+// production itself is wrong, in a row that the CPU computes or by a NaN elsewhere; the right ones must be accepted all the same
 static const Variant<Problem> wrong_production[] = {
     { "right",                   plant<NONE>,               { 64 },          "" },
     { "production",              plant<REAL_LAST_ROW>,      { 128 },         "y[383744]" },
