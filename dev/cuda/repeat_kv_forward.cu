@@ -14,9 +14,8 @@ Not repeating   is the last variant, and has no row, because it launches nothing
 
                 and the attention that follows reads a quarter of the keys and values: the tiles of a group's four heads are
                 the same lines of the L2 cache
-Writes          four fifths of the bytes are written. A kernel that only writes has no turning round between reading and
-                writing, and what is still in the L2 cache (50 MB) when it ends has not been paid for: more than 100 % of a copy
-                is no error here
+Writes          four fifths of the bytes are written, of a copy half: memory takes writes less readily than reads, and this op
+                is measured by a copy
 Metrics         lts__t_sectors_op_write beside dram__sectors_write, l1tex__t_sectors_pipe_lsu_mem_global_op_ld (x once or G
                 times), l1tex__t_requests_pipe_lsu_mem_global_op_st
 */

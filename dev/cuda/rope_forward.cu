@@ -3,18 +3,20 @@ RoPE forward: each pair of a head's numbers, half a head apart, is turned by the
 
     (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)          x1 = x[i], x2 = x[i + HD/2], cos and sin (T, HD/2) in fp32
 
-Problem         x (B*T, ldx): rows of NH query, NKV key and NKV value heads, as the projection leaves them. The queries and keys
-                are turned in place, the values stay. In the shapes named "apart", as frameworks want it, x is read and the heads
-                are written one after the other: q (B, NH, T, HD), k and v (B, NKV, T, HD), turned or, of v, not
-What must move  2*B*T*(NH + NKV)*HD numbers, and the tables once, T*HD floats. B*T 16384, bf16, 32 + 8 heads: HD 64 168 MB, 39 us
-                at the 4.30 TB/s of a copy on the H200; HD 128 337 MB, 78 us. Apart: all 48 heads, 20 % more
-Arithmetic      4 for two numbers. What there is besides is the tables: 8 bytes of cosine and sine for 4 bytes of x in bf16, twice
-                what is turned, unless they serve many heads
+Problem         x (B*T, ldx): rows of NH query, NKV key and NKV value heads, as the projection leaves them. The queries and
+                keys are turned in place, the values stay. In the shapes named "apart", as frameworks want it, x is read and
+                the heads are written one after the other: q (B, NH, T, HD), k and v (B, NKV, T, HD), v as it was
+What must move  2*B*T*(NH + NKV)*HD numbers, and the tables once, T*HD floats. B*T 16384, bf16, 32 + 8 heads: HD 64 168 MB,
+                39 us at the 4.30 TB/s of a copy on the H200; HD 128 337 MB, 78 us. Apart: all 48 heads, 20 % more
+Arithmetic      4 for two numbers. What there is besides is the tables: 8 bytes of cosine and sine for 4 bytes of x in bf16,
+                twice what is turned, unless they serve many heads
 Last percents   these launches are short: the 3 us in which a kernel starts and ends are 4 to 8 %, of the copy too. What this
-                kernel has beyond a copy: the angles, which must be there before anything can be stored; rows with a gap where
-                the values lie; at HD 64 in bf16 half a head is 64 bytes, half a line, and two requests meet in each line
-Metrics         dram__throughput, l1tex__t_sectors_pipe_lsu_mem_global_op_ld (tables and x), l1tex__t_requests… beside it (sectors
-                a request), launch__waves_per_multiprocessor, smsp__warps_issue_stalled_long_scoreboard
+                kernel has beyond a copy: the angles, which must be there before anything can be stored, and which x, passing
+                between two sequences, drives out of the cache; rows with a gap where the values lie; at HD 64 in bf16 half a
+                head is 64 bytes, half a line, and two requests meet in each line
+Metrics         dram__throughput, dram__bytes_read (beyond half of what must move: tables read again),
+                l1tex__t_sectors_pipe_lsu_mem_global_op_ld, launch__waves_per_multiprocessor,
+                smsp__warps_issue_stalled_long_scoreboard
 */
 #include "bench.cuh"
 #include "bulk.cuh"
@@ -140,13 +142,14 @@ struct Angles {
     float c[N], s[N];
 };
 
-// from the place of the first pair in either table
-template <typename Bits>
+// from the place of the first pair in either table; STAY: which the second level is to keep
+template <typename Bits, bool STAY = false>
 __device__ __forceinline__ Angles<Bits> angles_at(const float* cos_table, const float* sin_table) {
     Angles<Bits> a;
 #pragma unroll
     for (int j = 0; j < Angles<Bits>::N; j += 4) {
-        const Pack<float> c = pack_load(cos_table + j), s = pack_load(sin_table + j);
+        const Pack<float> c = STAY ? staying_load(cos_table + j) : pack_load(cos_table + j);
+        const Pack<float> s = STAY ? staying_load(sin_table + j) : pack_load(sin_table + j);
 #pragma unroll
         for (int k = 0; k < 4; k++) a.c[j + k] = c.x[k], a.s[j + k] = direct(s.x[k]);
     }
@@ -288,6 +291,64 @@ static void table_in_shared(const Problem* p, int block, cudaStream_t stream) {
     });
 }
 
+// ---- row_block -------------------------------------------------------------------------------
+// idea    the same without the barrier: threads are (piece, head) of a row, and all heads' threads ask for the same angles,
+//         which the first level of the cache hands out. No quotients at all, and short threads: one head each, so that a
+//         multiprocessor always has some that load
+// limit   the sequences follow each other: when the next one comes to a position, all of x that has passed in between, 50 MB
+//         and more, has driven its angles out of the second level
+
+// where the grid names a row: along x the rows of a sequence, or TOGETHER the sequences of a row
+template <bool TOGETHER>
+struct Order {
+    static dim3 grid(int blocks, int B) {
+        if (!TOGETHER) return dim3((unsigned)blocks, (unsigned)B);
+        const unsigned deep = (unsigned)ceil_div(blocks, 32768);
+        return dim3((unsigned)B, (unsigned)ceil_div(blocks, deep), deep);
+    }
+    static __device__ __forceinline__ int block(void) {
+        return (int)(TOGETHER ? blockIdx.z * gridDim.y + blockIdx.y : blockIdx.x);
+    }
+    static __device__ __forceinline__ int sequence(void) { return (int)(TOGETHER ? blockIdx.x : blockIdx.y); }
+};
+
+template <typename Bits, bool TOGETHER, bool STAY>
+static __global__ void row_block_kernel(floatX* x, const float* __restrict__ cos_table,
+                                        const float* __restrict__ sin_table, int T, int heads, int ldx) {
+    enum { N = Widened<Bits>::N };
+    const int t = Order<TOGETHER>::block(), pieces = (int)blockDim.x;
+    if (t >= T) return;
+    Bits* row = reinterpret_cast<Bits*>(x + ((size_t)Order<TOGETHER>::sequence() * T + t) * ldx) + threadIdx.x;
+    const size_t table = ((size_t)t * pieces + threadIdx.x) * N;
+    for (int h = (int)threadIdx.y; h < heads; h += (int)blockDim.y) {
+        Bits* at = row + h * 2 * pieces;
+        Bits low = hint_load<KEEP>(at), high = hint_load<KEEP>(at + pieces);
+        turn(low, high, angles_at<Bits, STAY>(cos_table + table, sin_table + table));
+        hint_store<KEEP>(at, low);
+        hint_store<KEEP>(at + pieces, high);
+    }
+}
+
+template <bool TOGETHER, bool STAY>
+static void row_block(const Problem* p, int block, cudaStream_t stream) {
+    with_bits(p, [&](auto bits, int pieces) {
+        const int passes = (int)ceil_div((int64_t)p->heads * pieces, block);
+        const dim3 threads((unsigned)pieces, (unsigned)ceil_div(p->heads, passes));
+        row_block_kernel<decltype(bits), TOGETHER, STAY>
+            <<<Order<TOGETHER>::grid(p->T, p->B), threads, 0, stream>>>(p->x, p->cos, p->sin, p->T, p->heads, p->ldx);
+        launch_check();
+    });
+}
+
+// ---- together --------------------------------------------------------------------------------
+// idea    the blocks of one position in all sequences are neighbours: its angles come from memory once
+// limit   x is touched in B places megabytes apart; where B is 1 nothing changes
+
+// ---- tables_stay -----------------------------------------------------------------------------
+// idea    the order of row_block, but the second level is told to keep the tables (evict last), a megabyte at T 2048, while x
+//         passes
+// limit   a table of 131072 positions is as large as the cache
+
 // ---- heads_share_angles ----------------------------------------------------------------------
 // idea    the angles stay in registers: a warp turns several heads of a row, a lane always the same pairs. Five heads a lane
 //         and all their loads before the first store: 5 KB under way for each warp
@@ -306,11 +367,11 @@ struct Warps {
         rows = rows < 1 ? 1 : rows > p->T ? p->T : rows;
     }
     dim3 block(void) const { return dim3(WARP, (unsigned)row_tasks, (unsigned)rows); }
-    dim3 grid(const Problem* p) const { return dim3((unsigned)ceil_div(p->T, rows), (unsigned)p->B); }
+    int blocks(const Problem* p) const { return (int)ceil_div(p->T, rows); } // of a sequence
 };
 
-// a block is (32 lanes, the warps of a row, rows); the grid (rows, B)
-template <typename Bits, int TURNS, Hint LOAD, Hint STORE>
+// a block is (32 lanes, the warps of a row, rows)
+template <typename Bits, int TURNS>
 static __global__ void heads_share_kernel(floatX* x, const float* __restrict__ cos_table,
                                           const float* __restrict__ sin_table, int T, int heads, int per_warp,
                                           int lanes, int ldx) {
@@ -325,8 +386,8 @@ static __global__ void heads_share_kernel(floatX* x, const float* __restrict__ c
     for (int k = 0; k < TURNS; k++) {
         const int h = first + k * at_once;
         if (h >= end) continue;
-        low[k] = hint_load<LOAD>(row + h * 2 * lanes);
-        high[k] = hint_load<LOAD>(row + h * 2 * lanes + lanes);
+        low[k] = hint_load<KEEP>(row + h * 2 * lanes);
+        high[k] = hint_load<KEEP>(row + h * 2 * lanes + lanes);
     }
     const size_t table = ((size_t)t * lanes + piece) * N;
     const Angles<Bits> angles = angles_at<Bits>(cos_table + table, sin_table + table);
@@ -335,17 +396,17 @@ static __global__ void heads_share_kernel(floatX* x, const float* __restrict__ c
         const int h = first + k * at_once;
         if (h >= end) continue;
         turn(low[k], high[k], angles);
-        hint_store<STORE>(row + h * 2 * lanes, low[k]);
-        hint_store<STORE>(row + h * 2 * lanes + lanes, high[k]);
+        hint_store<KEEP>(row + h * 2 * lanes, low[k]);
+        hint_store<KEEP>(row + h * 2 * lanes + lanes, high[k]);
     }
 }
 
-template <int TURNS, Hint LOAD, Hint STORE>
+template <int TURNS>
 static void heads_share_angles(const Problem* p, int block, cudaStream_t stream) {
     with_bits(p, [&](auto bits, int pieces) {
         const Warps w(p, pieces, TURNS, block);
-        heads_share_kernel<decltype(bits), TURNS, LOAD, STORE>
-            <<<w.grid(p), w.block(), 0, stream>>>(p->x, p->cos, p->sin, p->T, p->heads, w.per_warp, w.lanes, p->ldx);
+        heads_share_kernel<decltype(bits), TURNS><<<dim3(w.blocks(p), p->B), w.block(), 0, stream>>>(
+            p->x, p->cos, p->sin, p->T, p->heads, w.per_warp, w.lanes, p->ldx);
         launch_check();
     });
 }
@@ -439,17 +500,17 @@ __device__ __forceinline__ Angles<Bits> angles_of(Seat seat, const float* cos_ta
     return a;
 }
 
-template <typename Bits, int TURNS, Hint LOAD, Hint STORE>
+template <typename Bits, int TURNS, Hint LOAD, Hint STORE, bool TOGETHER>
 static __global__ void whole_lines_kernel(floatX* x, const float* __restrict__ cos_table,
                                           const float* __restrict__ sin_table, int T, int heads, int per_warp,
                                           int lanes, int ldx) {
     enum { N = Widened<Bits>::N };
-    const int t = (int)(blockIdx.x * blockDim.z + threadIdx.z), at_once = WARP / lanes;
+    const int t = Order<TOGETHER>::block() * (int)blockDim.z + (int)threadIdx.z, at_once = WARP / lanes;
     if (t >= T) return; // all lanes of a warp
     const Seat seat((int)threadIdx.x, lanes);
     const int start = (int)threadIdx.y * per_warp, first = start + seat.head;
     const int end = seat.taken ? min(start + per_warp, heads) : 0;
-    Bits* row = reinterpret_cast<Bits*>(x + ((size_t)blockIdx.y * T + t) * ldx) + seat.part;
+    Bits* row = reinterpret_cast<Bits*>(x + ((size_t)Order<TOGETHER>::sequence() * T + t) * ldx) + seat.part;
     Bits bits[TURNS] = {};
 #pragma unroll
     for (int k = 0; k < TURNS; k++) {
@@ -466,23 +527,33 @@ static __global__ void whole_lines_kernel(floatX* x, const float* __restrict__ c
     }
 }
 
-template <int TURNS, Hint LOAD, Hint STORE>
+template <int TURNS, Hint LOAD, Hint STORE, bool TOGETHER = false>
 static void whole_lines(const Problem* p, int block, cudaStream_t stream) {
     with_bits(p, [&](auto bits, int pieces) {
         const Warps w(p, 2 * pieces, TURNS, block);
-        whole_lines_kernel<decltype(bits), TURNS, LOAD, STORE>
-            <<<w.grid(p), w.block(), 0, stream>>>(p->x, p->cos, p->sin, p->T, p->heads, w.per_warp, w.lanes, p->ldx);
+        whole_lines_kernel<decltype(bits), TURNS, LOAD, STORE, TOGETHER>
+            <<<Order<TOGETHER>::grid(w.blocks(p), p->B), w.block(), 0, stream>>>(p->x, p->cos, p->sin, p->T, p->heads,
+                                                                                 w.per_warp, w.lanes, p->ldx);
         launch_check();
     });
 }
 
-// ---- ten_at_once -----------------------------------------------------------------------------
-// idea    twice the turns of a warp: at HD 64 one warp turns a row, and the angles are read half as often
-// limit   fewer, longer threads: registers for ten turns, half the warps
+// ---- two_lines -------------------------------------------------------------------------------
+// idea    two turns a warp instead of five: shorter threads, more warps, a shorter end
+// limit   the angles are read more often, from the first level
 
-// ---- …_past_l1, …_ahead, …_once --------------------------------------------------------------
-// idea    what the caches are told (streams.cuh), of either form: no line of the first level for x, so that it is left to the
-//         tables; 256 bytes at a miss; lines that leave first when they have been written
+static const char* two_lines_refuses(const Problem* p) {
+    if (a_warp_holds_head(p)) return a_warp_holds_head(p);
+    const int at_once = WARP / (2 * pieces_of_half(p));
+    return ceil_div(ceil_div(p->heads, at_once), 2) > 32 ? "a row is more than 32 warps" : NULL;
+}
+
+// ---- lines_together --------------------------------------------------------------------------
+// idea    five turns, the sequences of a position as neighbours: angles come from memory once
+
+// ---- lines_past_l1, lines_ahead, lines_once --------------------------------------------------
+// idea    what the caches are told (streams.cuh): no line of the first level for x, so that it is left to the tables; 256 bytes
+//         at a miss; lines that leave first when they have been written
 // limit   they all move the same bytes
 
 // ---- resident --------------------------------------------------------------------------------
@@ -694,13 +765,14 @@ static const Variant<Problem> variants[] = {
     { "one_launch",             one_launch,                               { 128, 256, 512 },    "queries and keys in one launch", in_place_only },
     { "packs",                  packs,                                    { 128, 256, 512 },    "16 bytes of each half", in_place_only },
     { "table_in_shared",        table_in_shared,                          { 64, 128, 192, 320 }, "a block for a row, its angles in shared memory", in_place_only },
+    { "row_block",              row_block<false, false>,                  { 80, 160, 320 },     "a block for a row, its angles in the first level, no quotients", in_place_only },
+    { "together",               row_block<true, false>,                   { 80, 160, 320 },     "a position of all sequences by neighbouring blocks", in_place_only },
+    { "tables_stay",            row_block<false, true>,                   { 80, 160, 320 },     "the second level is told to keep the tables", in_place_only },
     { "sequences_share_angles", sequences_share_angles,                   { 128, 256 },         "a position of all sequences, angles in registers", in_place_only },
-    { "heads_share_angles",     heads_share_angles<5, KEEP, KEEP>,        { 64, 128, 256 },     "five heads a lane, angles in registers, no quotients", a_warp_holds_half },
-    { "heads_past_l1",          heads_share_angles<5, PAST_L1, KEEP>,     { 64, 128, 256 },     "the same, x past the first level", a_warp_holds_half },
-    { "heads_ahead",            heads_share_angles<5, AHEAD, KEEP>,       { 64, 128, 256 },     "the same, 256 bytes at a miss", a_warp_holds_half },
-    { "heads_once",             heads_share_angles<5, ONCE, ONCE>,        { 64, 128, 256 },     "the same, lines leave the cache first", a_warp_holds_half },
+    { "heads_share_angles",     heads_share_angles<5>,                    { 64, 128, 256 },     "five heads a lane, angles in registers", a_warp_holds_half },
     { "whole_lines",            whole_lines<5, KEEP, KEEP>,               { 64, 128, 256 },     "512 bytes in a row for a warp, halves meet by shuffles", a_warp_holds_head },
-    { "ten_at_once",            whole_lines<10, KEEP, KEEP>,              { 64, 128, 256 },     "the same, ten loads a lane", a_warp_holds_head },
+    { "two_lines",              whole_lines<2, KEEP, KEEP>,               { 160, 320 },         "two turns a warp", two_lines_refuses },
+    { "lines_together",         whole_lines<5, KEEP, KEEP, true>,         { 64, 128, 256 },     "five turns, a position of all sequences by neighbouring blocks", a_warp_holds_head },
     { "lines_past_l1",          whole_lines<5, PAST_L1, KEEP>,            { 64, 128, 256 },     "five, x past the first level", a_warp_holds_head },
     { "lines_ahead",            whole_lines<5, AHEAD, KEEP>,              { 64, 128, 256 },     "five, 256 bytes at a miss", a_warp_holds_head },
     { "lines_once",             whole_lines<5, ONCE, ONCE>,               { 64, 128, 256 },     "five, lines leave the cache first", a_warp_holds_head },

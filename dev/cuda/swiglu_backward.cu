@@ -110,7 +110,7 @@ static void one_number(const Problem* p, int block, cudaStream_t stream) {
 
 // ---- packs -----------------------------------------------------------------------------------
 // idea    16 bytes of each of the five arrays to a thread
-// limit   expf and a rounded quotient: about 45 instructions a number, more than the schedulers issue in the time
+// limit   expf and a rounded quotient: twice the instructions of the next variant, all hidden behind the memory
 
 // ---- special_functions -----------------------------------------------------------------------
 // idea    e^x and 1/x from the special function unit (llmc's swiglu_sigmoid)
@@ -203,11 +203,11 @@ static __global__ void activation_kept_kernel(floatX* dgate_up, const floatX* dy
     if (row >= rows || i >= P) return;
     const size_t at = (size_t)row * P + i, gate_at = at + (size_t)row * P;
     const int4* gates = reinterpret_cast<const int4*>(gate_up) + gate_at;
-    Widened<int4> gate = widen(hint_load<ONCE>(gates)), up = widen(hint_load<ONCE>(gates + P));
-    const Widened<int4> d = widen(hint_load<ONCE>(reinterpret_cast<const int4*>(dy) + at));
+    Widened<int4> gate = widen(hint_load<KEEP>(gates)), up = widen(hint_load<KEEP>(gates + P));
+    const Widened<int4> d = widen(hint_load<KEEP>(reinterpret_cast<const int4*>(dy) + at));
     Pack<float> s[PACK / 4];
 #pragma unroll
-    for (int j = 0; j < PACK / 4; j++) s[j] = pack_load_once(kept + at * PACK + 4 * j);
+    for (int j = 0; j < PACK / 4; j++) s[j] = pack_load(kept + at * PACK + 4 * j);
 #pragma unroll
     for (int k = 0; k < PACK; k++) {
         const float sk = s[k / 4].x[k % 4], activated = gate.x[k] * sk;
@@ -231,10 +231,10 @@ static void activation_kept(const Problem* p, int block, cudaStream_t stream) {
 //         way from each, longer runs of memory touched at once. With four, a row of F 8192 is one block of 256 threads
 // limit   while the block computes and stores, its places load nothing
 
-// ---- by_age, past_l1, ahead, stores_once -----------------------------------------------------
-// idea    what the caches are told: nothing; no line of the first level for loads; 256 bytes from memory at each miss; stores
-//         that leave the second level first, too
-// limit   they all move the same bytes
+// ---- once, past_l1, ahead, stores_once -------------------------------------------------------
+// idea    what the caches are told, with one pack a thread: lines that are read once leave first; take no line of the first
+//         level; and fetch 256 bytes from memory at a miss; and of the lines that are written, that they leave first
+// limit   all move the same bytes, and saying something about the loads costs some percents (see swiglu_forward.cu)
 
 // ---- resident --------------------------------------------------------------------------------
 // idea    as many blocks as the card holds, each of which walks down the rows with its piece: the loads of the next row are
@@ -250,8 +250,8 @@ static __global__ void __launch_bounds__(512, 2)
         const unsigned i = first + j * blockDim.x;
         const int4* from = reinterpret_cast<const int4*>(gate_up) + (size_t)row * 2 * P + i;
         if (row >= rows || i >= P) return;
-        gate[j] = hint_load<ONCE>(from), up[j] = hint_load<ONCE>(from + P);
-        d[j] = hint_load<ONCE>(reinterpret_cast<const int4*>(dy) + (size_t)row * P + i);
+        gate[j] = hint_load<KEEP>(from), up[j] = hint_load<KEEP>(from + P);
+        d[j] = hint_load<KEEP>(reinterpret_cast<const int4*>(dy) + (size_t)row * P + i);
     };
 #pragma unroll
     for (int j = 0; j < PACKS; j++) fetch(blockIdx.y, j);
@@ -371,13 +371,13 @@ static const Variant<Problem> variants[] = {
     { "packs",             packs<Exact>,              { 128, 256, 512 },  "16 bytes a load, expf and a rounded quotient" },
     { "special_functions", packs<Special>,            { 128, 256, 512 },  "e^x and 1/x of the special function unit" },
     { "activation_kept",   activation_kept,           { 128, 256, 512 },  "s comes from the forward pass, in fp32: 14 bytes a number, not 10", nothing_kept },
-    { "lean",              pieces<1, ONCE, KEEP>,     { 128, 256, 512 },  "fewer instructions, blocks within a row; loads marked as seen once" },
-    { "two_packs",         pieces<2, ONCE, KEEP>,     { 128, 256, 512 },  "two packs a thread, loads first" },
-    { "four_packs",        pieces<4, ONCE, KEEP>,     { 128, 256, 512 },  "four packs a thread, loads first" },
-    { "by_age",            pieces<1, KEEP, KEEP>,     { 128, 256, 512 },  "one pack, nothing said to the caches" },
+    { "lean",              pieces<1, KEEP, KEEP>,     { 128, 256, 512 },  "fewer instructions, blocks within a row" },
+    { "two_packs",         pieces<2, KEEP, KEEP>,     { 128, 256, 512 },  "two packs a thread, loads first" },
+    { "four_packs",        pieces<4, KEEP, KEEP>,     { 128, 256, 512 },  "four packs a thread, loads first" },
+    { "once",              pieces<1, ONCE, KEEP>,     { 128, 256, 512 },  "one pack, lines that are read leave the cache first" },
     { "past_l1",           pieces<1, PAST_L1, KEEP>,  { 128, 256, 512 },  "one pack, loads past the first level" },
-    { "ahead",             pieces<1, AHEAD, KEEP>,    { 128, 256, 512 },  "one pack, 256 bytes at a miss" },
-    { "stores_once",       pieces<1, ONCE, ONCE>,     { 128, 256, 512 },  "one pack, stores too leave the cache first" },
+    { "ahead",             pieces<1, AHEAD, KEEP>,    { 128, 256, 512 },  "one pack, past the first level, 256 bytes at a miss" },
+    { "stores_once",       pieces<1, KEEP, ONCE>,     { 128, 256, 512 },  "one pack, lines that are written leave the cache first" },
     { "resident",          resident,                  { 128, 256, 512 },  "blocks stay and fetch ahead" },
     { "copy_engine",       copy_engine,               { 0 },              "TMA moves all bytes, three blocks with three stages of 3 x 8 KB", hopper_only },
     { "production",        production,                { 0 },              "llmc/swiglu.h; s is made again, in place" },
