@@ -43,8 +43,6 @@ struct Problem {
     float* scratch;
 };
 
-enum { SPLITS = 256 }; // at most
-
 static size_t row_of(const Problem* p) { return (size_t)2 * p->NKV * p->HD; }
 
 // the cache again, cut into pages that lie in any order
@@ -85,7 +83,7 @@ static Problem setup(Bench* bench, const Shape* s) {
     free(length);
     make_pages(bench, &p);
     p.out = bench->output<floatX>("out", (size_t)p.B * p.NH * p.HD, p.T, 1); // powers are rounded to be factors
-    p.scratch = bench->scratch<float>((size_t)p.B * p.NH * SPLITS * (p.HD + 2));
+    p.scratch = bench->scratch<float>((size_t)p.B * p.NH * CACHED_SPLITS * (p.HD + 2));
     return p;
 }
 
@@ -108,124 +106,30 @@ static void reference(Bench* bench, const Problem* p, int64_t first, int64_t cou
 static double traffic(const Problem* p) { return p->tokens * (double)row_of(p) * sizeof(floatX); }
 static double flops(const Problem*) { return 0; }
 
-// ---- production -------------------------------------------------------------------------------
-// idea    the simplest right kernel: a block a query head, a thread a key for the scores, a thread a column for the sums
+// ---- block_a_head -----------------------------------------------------------------------------
+// idea    the simplest right kernel, still what several queries at once or fp32 get in llmc/attention_cached.cuh: a block a query
+//         head, a thread a key for the scores, a thread a column for the sums
 // limit   one sequence a launch, so 32 blocks for 132 multiprocessors; a thread reads its key 2 bytes at a time, 4 KB from its
-//         neighbour's; four barriers for 256 keys
+//         neighbour's; four barriers for 256 keys: 19 GB/s
 
-static void production(const Problem* p, int, cudaStream_t stream) {
+static void block_a_head(const Problem* p, int, cudaStream_t stream) {
     const size_t size = (size_t)p->NH * p->HD;
     for (int b = 0; b < p->B; b++)
-        attention_cached(p->out + b * size, p->q + b * size, p->cache + (size_t)b * p->T * row_of(p), 1,
-                         p->host_length[b] - 1, p->NH, p->NKV, p->HD, (int)size, stream);
+        cached_simple(p->out + b * size, p->q + b * size, p->cache + (size_t)b * p->T * row_of(p), 1,
+                      p->host_length[b] - 1, p->NH, p->NKV, p->HD, (int)size, stream);
 }
 
-// ---- what all below share: partial results and how they are put together ----------------------
-// A partial result of a head, over some of the keys: m, the largest score in powers of two; l = sum of 2^(s - m);
-// o (HD) = sum of 2^(s - m) * v. Of several, M = largest m: out = sum of 2^(m - M) * o / sum of 2^(m - M) * l
+// ---- what a kernel reads and writes -----------------------------------------------------------
+// Partial results of splits, and how they are put together: llmc/attention_cached.cuh
 
-// what a kernel reads and writes
 struct Decode {
     floatX* out;
-    float* part; // (B, NH, splits, HD + 2): o, m, l. Not used when splits is 1
+    float* part; // (B, NH, splits, HD + 2): o, m, l. Not used when there is one split
     const floatX *q, *cache;
-    const int32_t *length, *table;
-    int T, NH, NKV, splits, pages;
+    const int32_t* length;
+    int T, NH, NKV;
     float scale; // with the factor log2(e)
 };
-
-static Decode decode_of(const Problem* p, int splits) {
-    return Decode{ p->out, p->scratch, p->q,   p->cache, p->length, p->table,
-                   p->T,   p->NH,      p->NKV, splits,   p->pages,  1.4426950408889634f / sqrtf((float)p->HD) };
-}
-
-__device__ __forceinline__ float weight(float m, float largest) { return m == -INFINITY ? 0 : exp2f(m - largest); }
-
-// the block adds up `groups` partial results of `heads` heads, the first of them h0, that lie in shared memory: o (groups, stride,
-// HD), m and l (groups, stride). A barrier comes before
-template <int HD>
-__device__ __forceinline__ void put_together(const Decode& d, int b, int h0, int heads, int split, const float* o,
-                                             const float* m, const float* l, int groups, int stride) {
-    for (int i = threadIdx.x; i < heads * HD; i += blockDim.x) {
-        const int h = i / HD, column = i % HD;
-        float largest = -INFINITY, sum = 0, total = 0;
-        for (int g = 0; g < groups; g++) largest = fmaxf(largest, m[g * stride + h]);
-        for (int g = 0; g < groups; g++) {
-            const float w = weight(m[g * stride + h], largest);
-            total += w * l[g * stride + h], sum += w * o[(size_t)(g * stride + h) * HD + column];
-        }
-        const size_t head = (size_t)b * d.NH + h0 + h;
-        if (d.splits == 1) {
-            d.out[head * HD + column] = from_float<floatX>(sum / total);
-            continue;
-        }
-        float* part = d.part + (head * d.splits + split) * (HD + 2);
-        part[column] = sum;
-        if (column == 0) part[HD] = largest, part[HD + 1] = total;
-    }
-}
-
-// the keys of a split: a share that is a multiple of `unit`
-__device__ __forceinline__ void split_range(int length, int splits, int split, int unit, int* first, int* last) {
-    const int share = ((length + splits - 1) / splits + unit - 1) / unit * unit;
-    *first = min(length, split * share), *last = min(length, *first + share);
-}
-
-// a block a head: the splits are added up, HD threads for every so many of them, so that many loads are under way
-enum { ADD_THREADS = 512 };
-
-template <int HD>
-static __global__ void __launch_bounds__(ADD_THREADS) add_splits_kernel(floatX* out, const float* part, int splits) {
-    constexpr int SHARES = ADD_THREADS / HD;
-    __shared__ float w[SPLITS], sums[SHARES][HD];
-    const int column = threadIdx.x % HD, share = threadIdx.x / HD, lane = threadIdx.x % WARP;
-    const float* from = part + (size_t)blockIdx.x * splits * (HD + 2);
-#if __CUDA_ARCH__ >= 900
-    cudaGridDependencySynchronize(); // when started early: the splits are written
-#endif
-    if (threadIdx.x < WARP) { // the weights, divided by the sum of all
-        float largest = -INFINITY, total = 0;
-        for (int i = lane; i < splits; i += WARP) largest = fmaxf(largest, from[(size_t)i * (HD + 2) + HD]);
-        largest = warp_max(largest);
-        for (int i = lane; i < splits; i += WARP) {
-            w[i] = weight(from[(size_t)i * (HD + 2) + HD], largest);
-            total += w[i] * from[(size_t)i * (HD + 2) + HD + 1];
-        }
-        total = warp_sum(total);
-        for (int i = lane; i < splits; i += WARP) w[i] /= total;
-    }
-    __syncthreads();
-    float sum = 0;
-#pragma unroll 8
-    for (int i = share; i < splits; i += SHARES) sum += w[i] * from[(size_t)i * (HD + 2) + column];
-    sums[share][column] = sum;
-    __syncthreads();
-    if (share) return;
-    for (int i = 1; i < SHARES; i++) sum += sums[i][column];
-    out[(size_t)blockIdx.x * HD + column] = from_float<floatX>(sum);
-}
-
-// early: its blocks may start while the last of the kernel before still run (on Hopper; a launch costs nothing then)
-template <int HD>
-static void add_splits(const Problem* p, int splits, bool early, cudaStream_t stream) {
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    int device, major;
-    cuda_check(cudaGetDevice(&device));
-    cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    config.gridDim = dim3((unsigned)(p->B * p->NH)), config.blockDim = dim3(ADD_THREADS), config.stream = stream;
-    config.attrs = &attribute, config.numAttrs = early && major >= 9;
-    cuda_check(cudaLaunchKernelEx(&config, add_splits_kernel<HD>, p->out, (const float*)p->scratch, splits));
-    launch_check();
-}
-
-// so many splits that there are `blocks` in all, of 128 keys at least
-static int splits_for(const Problem* p, int64_t blocks, int64_t others) {
-    const int64_t most = std::min<int64_t>(SPLITS, ceil_div(p->T, 128));
-    return (int)std::max<int64_t>(1, std::min(blocks / others, most));
-}
 
 // ---- lanes: three variants of one kernel ------------------------------------------------------
 // HD / PACK neighbouring lanes share a key: each reads 16 bytes of k and of v. A warp has 32 * PACK / HD keys at a time, each such
@@ -251,7 +155,7 @@ static __global__ void __launch_bounds__(256) lanes_kernel(Decode d) {
         for (int i = 0; i < PACK; i++) q[h][i] = x.get(i) * d.scale;
     }
     int first, last;
-    split_range(d.length[b], d.splits, blockIdx.x, KEYS * warps, &first, &last);
+    cached_split(d.length[b], KEYS * warps, &first, &last);
     for (int j0 = first + warp * KEYS; j0 < last; j0 += KEYS * warps) {
         const int j = j0 + lane / LANES;
         const size_t at = (size_t)min(j, last - 1) * row;
@@ -280,7 +184,7 @@ static __global__ void __launch_bounds__(256) lanes_kernel(Decode d) {
         for (int i = 0; i < PACK; i++) o_all[(group * HEADS + h) * HD + column + i] = o[h][i];
     }
     __syncthreads();
-    put_together<HD>(d, b, h0, heads, blockIdx.x, o_all, m_all, l_all, groups, HEADS);
+    cached_merge<HD>(d.out, d.part, (size_t)b * d.NH + h0, heads, o_all, m_all, l_all, groups, HEADS);
 }
 
 template <int HD, int HEADS>
@@ -289,9 +193,10 @@ static void lanes_launch(const Problem* p, int splits, int block, cudaStream_t s
     const size_t shared = (size_t)groups * HEADS * (HD + 2) * sizeof(float);
     const dim3 grid((unsigned)splits, (unsigned)(p->NKV * ceil_div(G, HEADS)), (unsigned)p->B);
     cuda_check(cudaFuncSetAttribute(lanes_kernel<HD, HEADS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    lanes_kernel<HD, HEADS><<<grid, block, shared, stream>>>(decode_of(p, splits));
+    lanes_kernel<HD, HEADS><<<grid, block, shared, stream>>>(Decode{
+        p->out, p->scratch, p->q, p->cache, p->length, p->T, p->NH, p->NKV, 1.4426950408889634f / sqrtf((float)HD) });
     launch_check();
-    if (splits > 1) add_splits<HD>(p, splits, false, stream);
+    if (splits > 1) cached_add<HD>(p->out, p->scratch, p->B * p->NH, splits, false, stream);
 }
 
 template <int HEADS>
@@ -326,145 +231,37 @@ static void heads_share_loads(const Problem* p, int block, cudaStream_t stream) 
 
 static void split_cache(const Problem* p, int block, cudaStream_t stream) {
     const int64_t others = (int64_t)p->B * p->NKV * ceil_div(p->NH / p->NKV, SHARED_HEADS);
-    lanes<SHARED_HEADS>(p, splits_for(p, gpu_processors() * 8, others), block, stream);
+    lanes<SHARED_HEADS>(p, cached_splits(p->T, others), block, stream);
 }
 
 #ifndef PRECISION_FP32
-// ---- ring: two variants of one kernel ---------------------------------------------------------
-// Each warp has a ring of buffers of its own in shared memory, 16 keys and their values each, that cp.async fills ahead; a warp
-// waits for its own copies only, and there is no barrier before the end. Both products are m16n8k16 of the tensor cores
-// with the heads of the group as rows (up to 16, the others are zero): S = Q · K^T, then P, still in registers, times V.
-// Instructions, fragments and swizzle are those of llmc/attention_flash.cuh
-
-enum { RING_KEYS = 16, RING_HEADS = 16 };
-
-template <int HD>
-constexpr int RING_BUFFERS = HD <= 64 ? 6 : 3;
-template <int HD>
-constexpr uint32_t RING_BYTES = 2 * RING_KEYS* flash_pitch(HD); // of a buffer: keys, then values
-
-template <int HD, bool PAGED>
-static __global__ void __launch_bounds__(256) ring_kernel(Decode d) {
-    constexpr int BUFFERS = RING_BUFFERS<HD>, PITCH = flash_pitch(HD), LANES = HD / 8, STEP = WARP / LANES;
-    extern __shared__ __align__(256) unsigned char flash_memory[];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const int g = blockIdx.y, b = blockIdx.z, G = d.NH / d.NKV;
-    const uint32_t ring = flash_shared() + (uint32_t)warp * BUFFERS * RING_BYTES<HD>;
-    const size_t row = (size_t)2 * d.NKV * HD, v = row / 2;
-    const floatX* k = d.cache + (PAGED ? 0 : (size_t)b * d.T * row) + (size_t)g * HD;
-    const int32_t* table = d.table + (size_t)b * d.pages;
-    int first, last;
-    split_range(d.length[b], d.splits, blockIdx.x, RING_KEYS * warps, &first, &last);
-    first += warp * RING_KEYS;
-    const int step = RING_KEYS * warps, tiles = last > first ? (last - first + step - 1) / step : 0;
-
-    // which rows of the pool hold the keys of tile i; asked for one tile before it is needed
-    auto page = [&](int i) { return PAGED && i < tiles ? table[(first + i * step) / PAGE] : 0; };
-    // starts to copy tile i, all lanes; beyond the last nothing, but a group all the same
-    auto load = [&](int i, int page_row) {
-        const int j0 = first + i * step, r0 = lane / LANES, chunk = lane % LANES;
-        const uint32_t to = ring + (uint32_t)(i % BUFFERS) * RING_BYTES<HD>;
-        if (i < tiles) {
-            const floatX* from = k + (size_t)(PAGED ? page_row * PAGE + j0 % PAGE : j0) * row + chunk * 8;
-#pragma unroll
-            for (int r = r0; r < RING_KEYS; r += STEP) {
-                const uint32_t at = to + (uint32_t)(r * PITCH + (chunk ^ r % 8) * 16);
-                const bool valid = j0 + r < last;
-                const floatX* x = from + (valid ? r * row : 0);
-                flash_copy(at, x, valid), flash_copy(at + RING_KEYS * PITCH, x + v, valid);
-            }
-        }
-        asm volatile("cp.async.commit_group;" ::: "memory");
-    };
-
-    // the fragments of q: rows are heads, lane / 4 and that + 8
-    uint32_t q[HD / 16][4];
-    const floatX* heads = d.q + ((size_t)b * d.NH + (size_t)g * G) * HD + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < HD / 16; i++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int h = lane / 4 + e % 2 * 8;
-            q[i][e] = h < G ? *(const uint32_t*)(heads + (size_t)h * HD + i * 16 + e / 2 * 8) : 0;
-        }
-    float o[HD / 8][4] = {}, m[2] = { -INFINITY, -INFINITY }, l[2] = {};
-#pragma unroll
-    for (int i = 0; i < BUFFERS - 1; i++) load(i, page(i));
-    int next = page(BUFFERS - 1);
-    for (int i = 0; i < tiles; i++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(BUFFERS - 2) : "memory");
-        __syncwarp(); // tile i is there, and all lanes are done with the one before it
-        load(i + BUFFERS - 1, next);
-        next = page(i + BUFFERS);
-        const uint32_t keys = ring + (uint32_t)(i % BUFFERS) * RING_BYTES<HD>, values = keys + RING_KEYS * PITCH;
-        float s[2][4] = {};
-#pragma unroll
-        for (int n = 0; n < HD; n += 16) {
-            uint32_t f[4];
-            flash_ldmatrix(f, keys + (flash_by_columns<HD>(lane) ^ (uint32_t)(2 * n)));
-            flash_mma(s[0], q[n / 16], f[0], f[1]);
-            flash_mma(s[1], q[n / 16], f[2], f[3]);
-        }
-        const int left = last - first - i * step; // keys of this tile
-        if (left < RING_KEYS) {
-#pragma unroll
-            for (int n = 0; n < 2; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    if (flash_column(n, e, lane) >= left) s[n][e] = -INFINITY;
-        }
-        flash_softmax<HD, RING_KEYS>(s, o, &m[0], &l[0], 0, d.scale);
-        if (G > 8) flash_softmax<HD, RING_KEYS>(s, o, &m[1], &l[1], 2, d.scale);
-        uint32_t p[1][4];
-        flash_round<RING_KEYS>(p, s);
-#pragma unroll
-        for (int n = 0; n < HD; n += 16) {
-            uint32_t f[4];
-            flash_ldmatrix_transposed(f, values + (flash_by_rows<HD>(lane) ^ (uint32_t)(2 * n)));
-            flash_mma(o[n / 8], p[0], f[0], f[1]);
-            flash_mma(o[n / 8 + 1], p[0], f[2], f[3]);
-        }
-    }
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-    __syncthreads(); // the rings are free
-    float *o_all = (float*)flash_memory, *m_all = o_all + warps * RING_HEADS * HD, *l_all = m_all + warps * RING_HEADS;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const int head = warp * RING_HEADS + lane / 4 + 8 * r;
-        const float sum = flash_row_sum(l[r]);
-        if (lane / 4 + 8 * r >= G) continue;
-        if (lane % 4 == 0) m_all[head] = m[r] * d.scale, l_all[head] = sum;
-#pragma unroll
-        for (int n = 0; n < HD / 8; n++)
-            *(float2*)(o_all + head * HD + flash_column(n, 0, lane)) = make_float2(o[n][2 * r], o[n][2 * r + 1]);
-    }
-    __syncthreads();
-    put_together<HD>(d, b, g * G, G, blockIdx.x, o_all, m_all, l_all, warps, RING_HEADS);
-}
-
-template <int HD, bool PAGED>
-static void ring_launch(const Problem* p, int block, cudaStream_t stream) {
-    const size_t warps = (size_t)block / WARP, merge = warps * RING_HEADS * (HD + 2) * sizeof(float);
-    const size_t shared = std::max(warps * RING_BUFFERS<HD> * RING_BYTES<HD>, merge);
-    const int splits = splits_for(p, gpu_processors() * 8, (int64_t)p->B * p->NKV);
-    Decode d = decode_of(p, splits);
-    if (PAGED) d.cache = p->pool;
-    flash_allow(ring_kernel<HD, PAGED>, shared);
-    ring_kernel<HD, PAGED><<<dim3((unsigned)splits, (unsigned)p->NKV, (unsigned)p->B), block, shared, stream>>>(d);
-    launch_check();
-    if (splits > 1) add_splits<HD>(p, splits, true, stream);
-}
-
 // ---- ring -------------------------------------------------------------------------------------
-// idea    copies go straight to shared memory and take no registers: 8 warps with 2 tiles of 8 KB under way are 128 KB. The tensor
-//         cores multiply for all heads of the group at once. The second kernel starts while the last splits still run
+// idea    copies go straight to shared memory and take no registers: rings of 16 KB a warp and more keep 64 to 128 KB under way. The
+//         tensor cores multiply for all heads of the group at once. The second kernel is launched while the first ends
 // limit   the memory; what is left is the start of a block and the end of the last
 
-static void ring(const Problem* p, int block, cudaStream_t stream) {
+// all sequences of the batch, T rows each
+struct BatchRows {
+    const floatX* cache;
+    const int32_t* lengths;
+    int T;
+    __device__ __forceinline__ int length(int b) const { return lengths[b]; }
+    __device__ __forceinline__ int find(int, int) const { return 0; }
+    __device__ __forceinline__ const floatX* at(int b, int, int j, size_t row) const {
+        return cache + ((size_t)b * T + j) * row;
+    }
+};
+
+template <typename Rows>
+static void ring_launch(const Problem* p, Rows rows, int block, cudaStream_t stream) {
     if (p->HD == 64)
-        ring_launch<64, false>(p, block, stream);
+        cached_ring<64>(p->out, p->q, rows, p->B, p->T, p->NH, p->NKV, p->scratch, block, stream);
     else
-        ring_launch<128, false>(p, block, stream);
+        cached_ring<128>(p->out, p->q, rows, p->B, p->T, p->NH, p->NKV, p->scratch, block, stream);
+}
+
+static void ring(const Problem* p, int block, cudaStream_t stream) {
+    ring_launch(p, BatchRows{ p->cache, p->length, p->T }, block, stream);
 }
 
 // ---- paged ------------------------------------------------------------------------------------
@@ -472,31 +269,51 @@ static void ring(const Problem* p, int block, cudaStream_t stream) {
 //         early, so that it costs nothing
 // limit   the same as ring's
 
+struct PagedRows {
+    const floatX* pool;
+    const int32_t *lengths, *table;
+    int pages; // of a sequence in the table
+    __device__ __forceinline__ int length(int b) const { return lengths[b]; }
+    __device__ __forceinline__ int find(int b, int j) const { return table[(size_t)b * pages + j / PAGE]; }
+    __device__ __forceinline__ const floatX* at(int, int page, int j, size_t row) const {
+        return pool + ((size_t)page * PAGE + j % PAGE) * row;
+    }
+};
+
 static void paged(const Problem* p, int block, cudaStream_t stream) {
-    if (p->HD == 64)
-        ring_launch<64, true>(p, block, stream);
-    else
-        ring_launch<128, true>(p, block, stream);
+    ring_launch(p, PagedRows{ p->pool, p->length, p->table, p->pages }, block, stream);
 }
 
 static const char* ring_takes(const Problem* p) {
-    return p->NH / p->NKV > RING_HEADS ? "takes at most 16 query heads to a kv head" : NULL;
+    return cached_ring_takes(1, p->NH, p->NKV, p->HD) ? NULL : "takes at most 16 query heads to a kv head";
 }
 #endif
+
+// ---- production -------------------------------------------------------------------------------
+// idea    what generation calls, a launch a sequence, since it has one: ring where ring takes the shape, else block_a_head
+// limit   of several sequences each waits for the one before
+
+static void production(const Problem* p, int, cudaStream_t stream) {
+    const size_t size = (size_t)p->NH * p->HD;
+    for (int b = 0; b < p->B; b++)
+        attention_cached(p->out + b * size, p->q + b * size, p->cache + (size_t)b * p->T * row_of(p), 1,
+                         p->host_length[b] - 1, p->NH, p->NKV, p->HD, (int)size, p->scratch, stream);
+}
 
 // ---- the table: to add a variant, write it above and add one row ------------------------------
 
 // clang-format off
 static const Variant<Problem> variants[] = {
 //    name                 launch              block sizes      what changed
-    { "production",        production,         { 0 },           "baseline: llmc/attention_cached.cuh, a block a head, a launch a sequence" },
+    { "block_a_head",      block_a_head,       { 0 },           "baseline: a block a head, a thread a key, a launch a sequence" },
     { "lanes_share_a_key", lanes_share_a_key,  { 128, 256 },    "16 bytes a lane, no barriers, all sequences at once" },
     { "heads_share_loads", heads_share_loads,  { 128, 256 },    "4 heads of a group use what is loaded" },
     { "split_cache",       split_cache,        { 128, 256 },    "blocks for parts of the cache, added up by a second kernel" },
 #ifndef PRECISION_FP32
-    { "ring",              ring,               { 64, 128, 256 },  "cp.async into a ring for each warp, tensor cores", ring_takes },
+    { "ring",              ring,               { 64, 128, 256 },  "llmc/attention_cached.cuh: cp.async into a ring for each warp, tensor cores", ring_takes },
     { "paged",             paged,              { 64, 128, 256 },  "the same through a table of pages", ring_takes },
 #endif
+    { "production",        production,         { 0 },           "llmc/attention_cached.cuh as generation calls it, a launch a sequence" },
 };
 // clang-format on
 BENCH_MAIN("attention_decode", shapes, setup, reference, rows, traffic, flops, variants)
