@@ -683,20 +683,25 @@ static StepNumbers llama3_norm(Model* m, float clip) {
 static void llama3_update(Model* m, AdamWOptions o) {
     NvtxRange range("llama3_update");
     const float* factor = &m->s.step->factor;
+    const int n = m->w.set.n;
+    AdamWTensor* tensors = (AdamWTensor*)allocate((size_t)n, sizeof *tensors);
     m->updates++;
-    for (int i = 0; i < m->w.set.n; i++) {
+    for (int i = 0; i < n; i++) {
         const Param* p = &m->w.set.list[i];
-        const float decay = param_decays(p) ? o.weight_decay : 0;
-        float* master = m->master.memory ? (float*)m->master.set.list[i].tensor->data : NULL;
-        const floatX* g = X(*m->dw.set.list[i].tensor);
-        void *mi = m->m.set.list[i].tensor->data, *vi = m->v.set.list[i].tensor->data;
-        if (gpu_set_dtype(&m->m) == DTYPE_BF16)
-            adamw(X(*p->tensor), master, (__nv_bfloat16*)mi, (__nv_bfloat16*)vi, g, param_size(p), o.lr, o.beta1, o.beta2, o.eps,
-                  decay, (int)m->updates, factor, o.seed, (uint64_t)i, gpu.stream);
-        else
-            adamw(X(*p->tensor), master, (float*)mi, (float*)vi, g, param_size(p), o.lr, o.beta1, o.beta2, o.eps, decay,
-                  (int)m->updates, factor, o.seed, (uint64_t)i, gpu.stream);
+        AdamWTensor* t = &tensors[i];
+        t->w = X(*p->tensor);
+        t->master = m->master.memory ? (float*)m->master.set.list[i].tensor->data : NULL;
+        t->m = m->m.set.list[i].tensor->data, t->v = m->v.set.list[i].tensor->data;
+        t->g = X(*m->dw.set.list[i].tensor);
+        t->n = param_size(p);
+        t->weight_decay = param_decays(p) ? o.weight_decay : 0;
+        t->number = (uint64_t)i;
     }
+    if (gpu_set_dtype(&m->m) == DTYPE_BF16)
+        adamw_tensors<__nv_bfloat16>(tensors, n, o.lr, o.beta1, o.beta2, o.eps, (int)m->updates, factor, o.seed, gpu.stream);
+    else
+        adamw_tensors<float>(tensors, n, o.lr, o.beta1, o.beta2, o.eps, (int)m->updates, factor, o.seed, gpu.stream);
+    free(tensors);
 }
 
 // overwrites logits (V, in host memory) with those of row n

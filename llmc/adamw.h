@@ -18,6 +18,8 @@ On the GPU      w and g are floatX. bf16 weights have fp32 master weights, which
                 mean right: else a change below half a unit in the last place would never arrive. The random number is a hash
                 of (seed, tensor, step, index), so that a resumed run has the same. Bytes for each parameter with bf16 weights
                 and fp32 moments: 28 with master weights (half read, half written), 22 without; with bf16 moments 20 and 14.
+                Many tensors are one launch: between two launches most of the GPU would be idle. With bf16 moments the root
+                and the quotient of the update are approximations, wrong by 2^-22.
                 Squares are summed in fp32 for 8 numbers, then in double, by 1024 blocks at most, always in the same order; a
                 gradient above 1.8e19 counts as infinite
 Proved by       dev/test/test_ops.c (against the formula), test_ops_float.c, the golden ten steps of the model,
@@ -112,19 +114,83 @@ __device__ __forceinline__ void adamw_store(__nv_bfloat16& to, float x, uint64_t
     to = __ushort_as_bfloat16(adamw_round(x, (uint32_t)random));
 }
 
-// Each thread updates COUNT neighbours twice, a block's width apart, so that its loads are in flight together. Grid: n over
-// 2 * COUNT * threads
+// what the moments take from a weight. With bf16 moments a root and an inverse of one instruction each, wrong by 2^-22 at most:
+// there the arithmetic weighs, and s.root is 1 / root
+template <typename M>
+__device__ __forceinline__ float adamw_change(float m, float v, const AdamWStep& s) {
+    float root, inverse;
+    if (sizeof(M) == 4) return s.step_size * m / (sqrtf(v) / s.root + s.eps);
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(v));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(root * s.root + s.eps));
+    return s.step_size * m * inverse;
+}
+
+// stores 8 or 16 bytes if ok, without a branch: the compiler would put off loads until the branch is decided
+template <typename T>
+__device__ __forceinline__ void adamw_store_if(bool ok, T* p, const T& x) {
+    uint32_t v[sizeof(T) / 4];
+    memcpy(v, &x, sizeof x);
+    if constexpr (sizeof(T) == 16)
+        asm volatile(
+            "{ .reg .pred ok; setp.ne.b32 ok, %0, 0; @ok st.global.v4.b32 [%1], {%2, %3, %4, %5}; }" ::"r"((int)ok),
+            "l"(p), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+            : "memory");
+    else
+        asm volatile("{ .reg .pred ok; setp.ne.b32 ok, %0, 0; @ok st.global.v2.b32 [%1], {%2, %3}; }" ::"r"((int)ok),
+                     "l"(p), "r"(v[0]), "r"(v[1])
+                     : "memory");
+}
+
+// one tensor of a step. number is one of its own, from which its random bits come
+typedef struct {
+    floatX* w;
+    float* master; // NULL: w is rounded at random (in fp32, not at all)
+    void *m, *v;
+    const floatX* g;
+    size_t n;
+    float weight_decay;
+    uint64_t number;
+} AdamWTensor;
+
+enum { ADAMW_CHUNK = 2048, ADAMW_LIST = 56 }; // parameters of a block; tensors of a launch, whose arguments have 4 KB
+
+typedef struct {
+    struct {
+        floatX* w;
+        float* master;
+        void *m, *v;
+        const floatX* g;
+        size_t n;
+        uint64_t key;
+        float keep;
+        unsigned first; // block
+    } tensor[ADAMW_LIST];
+    int count;
+} AdamWList;
+
+// One launch for many tensors: the tail of one is the beginning of the next. A block has a chunk of one tensor; each thread
+// updates COUNT neighbours twice, a block's width apart, so that its loads are in flight together
 template <typename M, bool MASTER, int COUNT>
-static __global__ void __launch_bounds__(256) adamw_kernel(floatX* w, float* master, M* m, M* v, const floatX* g,
-                                                           size_t n, AdamWStep s, const float* grad_scale) {
-    const float scale = *grad_scale;
+static __global__ void __launch_bounds__(ADAMW_CHUNK / (2 * COUNT))
+    adamw_kernel(const __grid_constant__ AdamWList list, AdamWStep s, const float* grad_scale) {
+    int t = 0;
+#pragma unroll
+    for (int half = 32; half; half /= 2)
+        if (t + half < list.count && list.tensor[t + half].first <= blockIdx.x) t += half;
+    const size_t n = list.tensor[t].n, chunk = (size_t)(blockIdx.x - list.tensor[t].first) * ADAMW_CHUNK;
+    floatX* w = list.tensor[t].w;
+    float* master = list.tensor[t].master;
+    M *m = (M*)list.tensor[t].m, *v = (M*)list.tensor[t].v;
+    const floatX* g = list.tensor[t].g;
+    const uint64_t key = list.tensor[t].key;
     AdamWPack<floatX, COUNT> wi[2], gi[2];
     AdamWPack<float, COUNT> full[2];
     AdamWPack<M, COUNT> mi[2], vi[2];
     size_t start[2];
+    s.keep = list.tensor[t].keep;
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-        start[j] = (((size_t)blockIdx.x * 2 + j) * blockDim.x + threadIdx.x) * COUNT;
+        start[j] = chunk + (j * blockDim.x + threadIdx.x) * COUNT;
         if (start[j] >= n) continue;
         gi[j] = *(const AdamWPack<floatX, COUNT>*)(g + start[j]);
         mi[j] = *(const AdamWPack<M, COUNT>*)(m + start[j]);
@@ -134,18 +200,20 @@ static __global__ void __launch_bounds__(256) adamw_kernel(floatX* w, float* mas
         else
             wi[j] = *(const AdamWPack<floatX, COUNT>*)(w + start[j]);
     }
-    if (!isfinite(scale)) return;
+    __syncwarp(); // the loads stay above it: some would be put off, to save registers
+    const float scale = *grad_scale;
+    const bool ok = isfinite(scale);
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         if (start[j] >= n) continue;
         for (int k = 0; k < COUNT; k++) {
             const uint64_t random =
-                sizeof(M) == 2 || (!MASTER && sizeof(floatX) == 2) ? adamw_bits(s.key, start[j] + k) : 0;
+                sizeof(M) == 2 || (!MASTER && sizeof(floatX) == 2) ? adamw_bits(key, start[j] + k) : 0;
             const float grad = to_float(gi[j].x[k]) * scale, old_m = to_float(mi[j].x[k]);
             const float new_m = old_m + s.mix1 * (grad - old_m);
             const float new_v = to_float(vi[j].x[k]) * s.beta2 + s.mix2 * grad * grad;
             const float old_w = MASTER ? full[j].x[k] : to_float(wi[j].x[k]);
-            const float new_w = old_w * s.keep - s.step_size * new_m / (sqrtf(new_v) / s.root + s.eps);
+            const float new_w = old_w * s.keep - adamw_change<M>(new_m, new_v, s);
             adamw_store(mi[j].x[k], new_m, random);
             adamw_store(vi[j].x[k], new_v, random >> 16);
             full[j].x[k] = new_w;
@@ -154,32 +222,59 @@ static __global__ void __launch_bounds__(256) adamw_kernel(floatX* w, float* mas
             else
                 adamw_store(wi[j].x[k], new_w, random >> 32);
         }
-        *(AdamWPack<M, COUNT>*)(m + start[j]) = mi[j];
-        *(AdamWPack<M, COUNT>*)(v + start[j]) = vi[j];
-        *(AdamWPack<floatX, COUNT>*)(w + start[j]) = wi[j];
-        if (MASTER) *(AdamWPack<float, COUNT>*)(master + start[j]) = full[j];
+        adamw_store_if(ok, (AdamWPack<M, COUNT>*)(m + start[j]), mi[j]);
+        adamw_store_if(ok, (AdamWPack<M, COUNT>*)(v + start[j]), vi[j]);
+        adamw_store_if(ok, (AdamWPack<floatX, COUNT>*)(w + start[j]), wi[j]);
+        if (MASTER) adamw_store_if(ok, (AdamWPack<float, COUNT>*)(master + start[j]), full[j]);
     }
 }
 
-// One step: updates w, master, m and v (n each) with grad_scale * g; m and v start as zeros, step = 1, 2, … master may be
-// NULL; w is then rounded at random (in fp32, not at all). grad_scale lies on the GPU; when it is not finite, nothing changes.
-// tensor is a number of its own for each tensor
+// One step of `count` tensors, all with master weights or none: updates w, master, m and v (n each) with grad_scale * g; m and
+// v start as zeros, step = 1, 2, … grad_scale lies on the GPU; when it is not finite, nothing changes. M: the type of m and v
+template <typename M>
+static inline void adamw_tensors(const AdamWTensor* tensors, int count, float lr, float beta1, float beta2, float eps,
+                                 int step, const float* grad_scale, uint64_t seed, cudaStream_t stream) {
+    constexpr int NARROW = sizeof(M) == 2 && sizeof(floatX) == 2 ? 8 : 4;
+    const bool master = count && tensors[0].master;
+    double parameters = 0;
+    for (int i = 0; i < count; i++) {
+        parameters += (double)tensors[i].n;
+        launch_require(tensors[i].n % 8 == 0 && tensors[i].n > 0, "adamw", "tensors have a multiple of 8 numbers");
+        launch_require(!tensors[i].master == !master, "adamw", "all tensors have master weights, or none");
+    }
+    const double bytes = 4.0 * sizeof(M) + (master ? 2.0 * sizeof(float) + 2.0 * sizeof(floatX) : 3.0 * sizeof(floatX));
+    GpuOp op("adamw", parameters * bytes, 0, stream);
+    AdamWStep s = adamw_step(lr, beta1, beta2, eps, 0, step, 0);
+    if (sizeof(M) == 2) s.root = 1 / s.root;
+    for (int start = 0; start < count; start += ADAMW_LIST) {
+        AdamWList list;
+        int64_t blocks = 0;
+        list.count = count - start < ADAMW_LIST ? count - start : ADAMW_LIST;
+        for (int i = 0; i < list.count; i++) {
+            const AdamWTensor* t = &tensors[start + i];
+            list.tensor[i].w = t->w, list.tensor[i].master = t->master, list.tensor[i].m = t->m,
+            list.tensor[i].v = t->v;
+            list.tensor[i].g = t->g, list.tensor[i].n = t->n, list.tensor[i].key = adamw_key(seed, t->number, step);
+            list.tensor[i].keep = (float)(1 - (double)lr * t->weight_decay), list.tensor[i].first = (unsigned)blocks;
+            blocks += ceil_div((int64_t)t->n, ADAMW_CHUNK);
+        }
+        launch_require(blocks <= INT32_MAX, "adamw", "the tensors of a launch have at most 2^31 chunks");
+        if (master)
+            adamw_kernel<M, true, 4><<<(unsigned)blocks, ADAMW_CHUNK / 8, 0, stream>>>(list, s, grad_scale);
+        else
+            adamw_kernel<M, false, NARROW>
+                <<<(unsigned)blocks, ADAMW_CHUNK / (2 * NARROW), 0, stream>>>(list, s, grad_scale);
+        launch_check();
+    }
+}
+
+// the same for one tensor
 template <typename M>
 static inline void adamw(floatX* w, float* master, M* m, M* v, const floatX* g, size_t n, float lr, float beta1,
                          float beta2, float eps, float weight_decay, int step, const float* grad_scale, uint64_t seed,
-                         uint64_t tensor, cudaStream_t stream) {
-    const double bytes = 4.0 * sizeof(M) + (master ? 2.0 * sizeof(float) + 2.0 * sizeof(floatX) : 3.0 * sizeof(floatX));
-    GpuOp op("adamw", (double)n * bytes, 0, stream);
-    constexpr int THREADS = 256, NARROW = sizeof(M) == 2 && sizeof(floatX) == 2 ? 8 : 4;
-    launch_require(n % 8 == 0 && n > 0, "adamw", "tensors have a multiple of 8 numbers");
-    const AdamWStep s = adamw_step(lr, beta1, beta2, eps, weight_decay, step, adamw_key(seed, tensor, step));
-    const int64_t count = master ? 4 : NARROW;
-    const unsigned blocks = (unsigned)ceil_div((int64_t)n, 2 * count * THREADS);
-    if (master)
-        adamw_kernel<M, true, 4><<<blocks, THREADS, 0, stream>>>(w, master, m, v, g, n, s, grad_scale);
-    else
-        adamw_kernel<M, false, NARROW><<<blocks, THREADS, 0, stream>>>(w, master, m, v, g, n, s, grad_scale);
-    launch_check();
+                         uint64_t number, cudaStream_t stream) {
+    const AdamWTensor tensor = { w, master, m, v, g, n, weight_decay, number };
+    adamw_tensors<M>(&tensor, 1, lr, beta1, beta2, eps, step, grad_scale, seed, stream);
 }
 
 // ---- GPU: the gradient's norm ----------------------------------------------------------------
