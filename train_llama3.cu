@@ -256,7 +256,8 @@ static size_t attention_room(const Acts* s, int l) { return s->spent - s->layer[
 static size_t scratch_bytes(const Acts* s, const Config* c, int B, int T, bool training) {
     const AttentionShape shape = { B, T, c->NH, c->NKV, c->HD };
     const bool has_room = training && attention_scratch(s->attention, shape, true) <= attention_room(s, c->L - 1);
-    size_t most = s->capacity ? 0 : attention_scratch(s->attention, shape, training && !has_room);
+    size_t most = s->capacity ? attention_cached_scratch(s->capacity, c->NH, c->NKV, c->HD)
+                              : attention_scratch(s->attention, shape, training && !has_room);
     if (!training) return most;
     size_t others[] = { embedding_backward_scratch(B * T, c->V), rmsnorm_backward_scratch(c->C) };
     for (size_t i = 0; i < sizeof others / sizeof others[0]; i++) most = others[i] > most ? others[i] : most;
@@ -511,7 +512,7 @@ static void attention_block_forward(const Config* c, const LayerParams* w, Acts*
         cuda_check(cudaMemcpy2DAsync(cache + (size_t)s->pos * 2 * (size_t)KV, 2 * (size_t)KV * sizeof(floatX), a->qkv + Q,
                                      (size_t)QKV * sizeof(floatX), 2 * (size_t)KV * sizeof(floatX), (size_t)N,
                                      cudaMemcpyDeviceToDevice, gpu.stream));
-        attention_cached(a->att, a->qkv, cache, s->T, s->pos, c->NH, c->NKV, c->HD, QKV, gpu.stream);
+        attention_cached(a->att, a->qkv, cache, s->T, s->pos, c->NH, c->NKV, c->HD, QKV, s->scratch, gpu.stream);
     } else {
         attention_forward(s->attention, a->att, a->lse, a->qkv, shape, s->scratch, gpu.stream);
     }
