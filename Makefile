@@ -233,13 +233,31 @@ $(GPU_BUILD)/attention_cudnn.o: llmc/attention_cudnn.cpp Makefile | $(AFTER_DEPS
 	$(NVCC) -std=c++17 -O1 -DUSE_CUDNN -I. -MMD -MP $(patsubst -I%,-isystem %,$(CUDNN_FLAGS) $(CUDA_FLAGS)) \
 	    -Xcompiler -Wall,-Wextra,-Werror,-fopenmp -c -o $@ $<
 
+# ---- the kernel lab ----------------------------------------------------------------------------
+
+LAB_MAKE = $(MAKE) -C dev/cuda NVCC="$(NVCC)" PRECISION=$(PRECISION) CUDA_ARCH="$(CUDA_ARCH)" CUDA_EXTRA="$(if $(CUDA_EXTRA),$(abspath $(CUDA_EXTRA)))"
+
+## bench: the kernel lab's targets, with the files of dev/cuda; bench-OP runs those of one op (bench-rmsnorm ARGS="--only production")
+bench:
+	@$(LAB_MAKE) --no-print-directory help
+bench-%:
+	$(LAB_MAKE) bench-$*
+
+## selftest: the kernel lab's harness must reject planted mistakes
+selftest:
+	$(LAB_MAKE) selftest
+
+## report: the whole lab on this GPU, PyTorch and Liger beside it, into dev/cuda/results and dev/cuda/README.md
+report:
+	$(LAB_MAKE) report
+
 ## deps: install what is missing (compiler, pkg-config, PCRE2, cJSON, cmocka)
 deps:
 	@scripts/deps.sh
 
 ## format: clang-format over every source
 format:
-	clang-format -i *.c *.cu llmc/*.h llmc/*.cuh llmc/*.cpp dev/test/*.[ch] dev/test/gpu/* dev/cpu/*.c
+	clang-format -i *.c *.cu llmc/*.h llmc/*.cuh llmc/*.cpp dev/test/*.[ch] dev/test/gpu/* dev/cpu/*.c dev/cuda/*.cu dev/cuda/*.cuh
 
 ## clean: remove everything that was built
 clean:
