@@ -11,11 +11,11 @@ ring            one query, a token of its own: bf16, HD 64 or 128, at most 16 qu
                 there is no barrier before the end. Both products are m16n8k16 of the tensor cores with the heads of a group as
                 rows: S = Q · K^T, then P, still in registers, times V, so that what is loaded serves all of them. A block
                 leaves a partial result for its keys (m, l and o, below), and a second kernel adds up those of a head
-simple          the rest: several queries at once (a prompt), fp32, other sizes. A block a query and head walks the keys 256 at a
-                time with an online softmax: a thread has one key's score, then each thread sums one or more columns
+simple          the rest: several queries at once (a prompt), fp32, other sizes. A block a query and head walks the keys 256
+                at a time with an online softmax: a thread has one key's score, then each thread sums one or more columns
 
-Numerics        S, m, l and o in fp32; ring rounds P to bf16 as a factor, as attention_flash.cuh does. Splits, and so the order of
-                sums, follow from the sizes alone: same bits at every run on one kind of GPU
+Numerics        S, m, l and o in fp32; ring rounds P to bf16 as a factor, as attention_flash.cuh does. Splits, and so the order
+                of sums, follow from the sizes alone: same bits at every run on one kind of GPU
 Bound by        memory: (pos + t) * 2*NKV*HD numbers a token. On an H200, HD 128 and 8 kv heads, ring reads 16 sequences of 8192
                 at 4.0 to 4.1 TB/s (95 to 97 % of a copy), one of 65536 at 2.8 to 3.5 TB/s, and takes 12 us for one of 2048,
                 where simple takes 445: that reads at 19 GB/s, each head of a group for itself
@@ -89,8 +89,8 @@ static void cached_simple(floatX* out, const floatX* q, const floatX* cache, int
 
 // ---- partial results, and how they are put together ------------------------------------------
 // Of a head, over some of the keys: m, the largest score in powers of two; l = sum of 2^(s - m); o (HD) = sum of 2^(s - m) * v.
-// Of several, M = largest m: out = sum of 2^(m - M) * o / sum of 2^(m - M) * l. Splits are gridDim.x of a kernel, blockIdx.x is a
-// block's own; of one split nothing is left behind
+// Of several, M = largest m: out = sum of 2^(m - M) * o / sum of 2^(m - M) * l. Splits are gridDim.x of a kernel, blockIdx.x is
+// a block's own; of one split nothing is left behind
 
 enum { CACHED_SPLITS = 256, CACHED_SPLIT_KEYS = 128, CACHED_ADD_THREADS = 512 }; // at most; at least
 
@@ -105,7 +105,8 @@ __device__ __forceinline__ void cached_split(int length, int unit, int* first, i
 }
 
 // the block puts `groups` partial results of `heads` heads together that lie in shared memory: o (groups, stride, HD), m and l
-// (groups, stride). To out (heads in all, HD) from head `head` on, or to part (heads in all, splits, HD + 2). A barrier comes before
+// (groups, stride). To out (heads in all, HD) from head `head` on, or to part (heads in all, splits, HD + 2). A barrier comes
+// before
 template <int HD>
 __device__ __forceinline__ void cached_merge(floatX* out, float* part, size_t head, int heads, const float* o,
                                              const float* m, const float* l, int groups, int stride) {
@@ -199,8 +200,9 @@ struct CachedRows {
     const floatX* cache;
     int keys;
     __device__ __forceinline__ int length(int) const { return keys; } // of sequence b
-    // what there is to be looked up for 16 keys from j on, a multiple of 16: a tile before they are asked for; then the first of them
+    // what there is to be looked up for 16 keys from j on, a multiple of 16: a tile before they are asked for
     __device__ __forceinline__ int find(int, int) const { return 0; }
+    // where the first of them lies: of sequence b, with what was found
     __device__ __forceinline__ const floatX* at(int, int, int j, size_t row) const { return cache + j * row; }
 };
 

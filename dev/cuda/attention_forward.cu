@@ -11,6 +11,20 @@ FLOPs           2 * B*NH*HD * T^2: two products of 2*HD for each of T^2/2 pairs.
 Powers          B*NH * T^2/2, one for 4*HD FLOPs. An H200 (132 multiprocessors) has 16 a cycle on each beside 4096 FLOPs of the
                 tensor cores: at HD 64 the powers take as long as the products, at HD 128 half as long
 The floor       at some 700 TFLOP/s: HD 128, B 4, T 4096 is 550 GFLOP, 0.79 ms. q, k, v, out are 0.34 GB, 0.08 ms at 4.3 TB/s
+Measured        H200, bf16, TFLOP/s. The last three in one run, the only one of hopper so far; others gave cudnn 429 to 453 at
+                HD 64, 566 to 591 at HD 128, production 310 to 321 and 352 to 370. The rungs between mma_tiles and production
+                have not been timed yet
+
+                                        1B      1B long     8B      8B long     HD 64, B 4 T 4096; B 2 T 8192; HD 128, the same
+                unfused                 29      31          56
+                online_softmax          4.2                 6.3
+                mma_tiles                       127
+                production              312     313         349     353
+                hopper                  431     463         560     560
+                cudnn                   428     434         540     550
+                hopper / cudnn          1.01    1.07        1.04    1.02
+                hopper / production     1.38    1.48        1.61    1.58
+
 Look at         dram__bytes (unfused: the square), sm__inst_executed_pipe_tensor and sm__pipe_tensor_cycles_active (how long the
                 tensor cores work), l1tex__data_pipe_lsu_wavefronts_mem_shared (fragments; P on its detour),
                 smsp__average_warps_issue_stalled_long_scoreboard and _barrier (copies that are waited for),
@@ -109,7 +123,8 @@ static double flops(const Problem* p) { return 2.0 * p->s.B * p->s.NH * p->s.HD 
 // ---- unfused ----------------------------------------------------------------------------------
 // idea    the formula as it stands: a matrix product of the library, a softmax of each row, another product
 // limit   the T x T scores go to memory and back four times, in fp32 and rounded: 6 bytes of storage for each of them, which
-//         is what llmc/attention_reference.cuh needs scratch for; and half of the square is never looked at
+//         is what llmc/attention_reference.cuh needs scratch for; and half of the square is never looked at. 29 TFLOP/s
+//         at HD 64, 56 at 128: the same time, that of the square
 
 static void unfused(const Problem* p, int, cudaStream_t stream) {
     reference_attention_forward(p->out, p->lse, p->qkv, p->s, p->scratch, stream);
@@ -119,7 +134,8 @@ static void unfused(const Problem* p, int, cudaStream_t stream) {
 // idea    a softmax can be summed up key by key: keep the largest score so far, m, the sum l and the weighted sum o; when m
 //         grows, scale both by e^(old - new). No score is ever stored. A warp a query: each lane has HD / 32 columns of q and o
 // limit   2 * HD multiplications of the CUDA cores (64 FLOPs a cycle and warp scheduler) and 5 shuffles for each score, one after
-//         the other; and every warp reads all keys and values for itself
+//         the other; and every warp reads all keys and values for itself. 4 to 6 TFLOP/s, a seventh
+//         to a ninth of unfused, whose tensor cores make up for its traffic: not to store the square is not enough
 
 template <int E>
 __device__ __forceinline__ void load_columns(float (&x)[E], const floatX* from) {
@@ -271,7 +287,7 @@ static void ladder(const Problem* p, int, cudaStream_t stream) {
 
 // ---- mma_tiles --------------------------------------------------------------------------------
 // idea    64 queries share each tile of keys and values in shared memory, and both products are instructions of a warp on
-//         the tensor cores, 4096 FLOPs each. Scores never leave the multiprocessor
+//         the tensor cores, 4096 FLOPs each. Scores never leave the multiprocessor: 127 TFLOP/s, 4 times unfused
 // limit   every block walks all keys: half of the tiles lie above the diagonal and are computed to be masked
 
 static void mma_tiles(const Problem* p, int block, cudaStream_t stream) {
@@ -307,8 +323,9 @@ static void tiles_ahead(const Problem* p, int block, cudaStream_t stream) {
 // ---- hopper -----------------------------------------------------------------------------------
 // idea    what bounds production is the warp itself: it issues fragment loads, products and softmax in turn, and mma.sync
 //         reaches half of the tensor cores' rate here. wgmma reads both factors from shared memory that TMA fills, runs
-//         beside the program, and two or three warpgroups take turns: one multiplies while the others take powers
-// limit   the powers: 16 a cycle. At HD 64 they need as long as the products
+//         beside the program, and two or three warpgroups take turns: one multiplies while the others take powers. 1.4 to 1.6
+//         times production, 431 to 560 TFLOP/s, 1.01 to 1.07 times cudnn
+// limit   the powers: 16 a cycle. At HD 64 they need as long as the products, and there it stays at 0.8 of its rate at HD 128
 
 static void hopper(const Problem* p, int, cudaStream_t stream) {
     hopper_attention_forward(p->out, p->lse, p->qkv, p->s, p->scratch, stream);
@@ -322,7 +339,8 @@ static const char* hopper_takes(const Problem* p) {
 
 // ---- production -------------------------------------------------------------------------------
 // idea    (bf16) 32 queries to a warp, 128 to a block: each fragment of K and V serves two fragments of queries
-// limit   registers: S, P and O of 32 rows fill them, so there is one warp to a scheduler at HD 128, two or three at HD 64
+// limit   registers: S, P and O of 32 rows fill them, so there is one warp to a scheduler at HD 128, two or three at HD 64.
+//         And mma.sync: 312 to 353 TFLOP/s
 
 static void production(const Problem* p, int, cudaStream_t stream) {
     const AttentionBackend backend = sizeof(floatX) == 2 ? ATTENTION_MMA : ATTENTION_REFERENCE;
