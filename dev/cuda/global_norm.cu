@@ -195,6 +195,21 @@ static void packs(const Problem* p, int block, cudaStream_t stream) {
 // idea    four packs under way a thread: 128 KB. packs_kernel<4>
 // limit   the second launch: 2 us or so after everybody is done
 
+// ---- pieces ----------------------------------------------------------------------------------
+// idea    4096 blocks whatever the GPU, so that all GPUs add in the same order: four times as many as run at a time, and who is
+//         done takes the next. 1024 of them (production) are 7 or 8 to a multiprocessor here: who has 8 ends 3 % later
+// limit   memory, and the second launch
+
+static const int64_t PIECES = 4096;
+
+static void pieces(const Problem* p, int block, cudaStream_t stream) {
+    const int64_t most = ceil_div((int64_t)p->n, (int64_t)block * 4 * PACK);
+    const unsigned blocks = (unsigned)(most < PIECES ? most : PIECES);
+    packs_kernel<4><<<blocks, block, 0, stream>>>(p->partial, p->g, p->n);
+    launch_check();
+    two_steps_end(p, blocks, stream);
+}
+
 // ---- last_block ------------------------------------------------------------------------------
 // idea    one launch: each block leaves its sum, then counts itself; who counts last finds all sums there and adds them, in
 //         their order, whoever it is. The count goes back to zero for the next time
@@ -240,6 +255,7 @@ static const Variant<Problem> variants[] = {
     { "two_steps",        two_steps,        { 128, 256, 512, 1024 }, "resident blocks; a second kernel adds their sums" },
     { "packs",            packs<1>,         { 128, 256, 512, 1024 }, "16 bytes a load" },
     { "packs_in_flight",  packs<4>,         { 128, 256, 512, 1024 }, "four of them under way" },
+    { "pieces",           pieces,           { 256 },                 "4096 blocks, on any GPU" },
     { "last_block",       last_block,       { 128, 256, 512, 1024 }, "one launch: the last block to end adds the sums" },
     { "production",       production,       { 0 },                   "llmc/adamw.h: packs_in_flight by 1024 blocks at most" },
 };
