@@ -11,7 +11,7 @@ What is hard    the angle. Position 131071 at f(0) = 1 is 131071 radians, and a 
                 position 100. So the two variants with angles in float refuse all shapes but short ones, and say by how
                 much they would be off: refuses() makes the same products on the CPU and compares them with the tolerance of
                 the check, which is that of a single rounding to float (bench.cuh) and which the others meet anywhere
-What ships      the host's table. It is made once, before the first step, in some milliseconds; train_llama3.cu and llama3.c
+What ships      the host's table. It is made once, before the first step, in tens of milliseconds; train_llama3.cu and llama3.c
                 then turn by the same bits, which is what lets one be tested against the other; and there is no kernel to keep.
                 The kernels below are a thousand times faster at something that takes no time
 
