@@ -23,7 +23,7 @@ BUILD := build/$(config)
 ifeq ($(DEPS),)
 flags = $$(pkg-config --cflags $(1)) $$(pkg-config --libs $(1))
 else
-flags = -I$(DEPS)/include -L$(DEPS)/lib -Wl,-rpath,$(DEPS)/lib $(patsubst lib%,-l%,$(1))
+flags = -I$(DEPS)/include -L$(DEPS)/lib -Wl,-rpath,$(DEPS)/lib $(patsubst %,-l%,$(patsubst lib%,%,$(1)))
 endif
 LIBS := libpcre2-8 libcjson
 

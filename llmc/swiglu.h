@@ -9,8 +9,8 @@ SwiGLU: one half of a row, through SiLU, gates the other half.
 Shapes          gate_up dgate_up (N, 2F): a row is F gates, then F ups    y dy (N, F)
 Numerics        fp32; s is computed again in the backward pass, so nothing is kept for it. The GPU takes e^x and 1/x of its
                 special function unit (__expf, __fdividef): s is off by less than 1e-5 of itself, where it does not vanish
-Bound by        memory: forward moves 3*N*F elements, backward 5*N*F; the exponentials vectorise (exp.h). On the GPU
-                exponentials and quotients of full accuracy would cost more time than the memory: 8 of each in 48 bytes
+Bound by        memory: forward moves 3*N*F elements, backward 5*N*F; the exponentials vectorise (exp.h). Loads marked as
+                read once (ld.cs) cost 3 to 5 % on an H200 (dev/cuda/swiglu_forward.cu, swiglu_backward.cu)
 Proved by       dev/test/test_ops.c (finite differences, also in place), test_llama3.cu (GPU against CPU)
 Source          Shazeer 2020, "GLU Variants Improve Transformer"
 */
@@ -63,7 +63,7 @@ static __global__ void __launch_bounds__(256)
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= packs) return;
     size_t from = ((size_t)i + (size_t)(i / P) * P) * PACK;
-    PackX gate = pack_load_once(gate_up + from), up = pack_load_once(gate_up + from + (size_t)P * PACK), out;
+    PackX gate = pack_load(gate_up + from), up = pack_load(gate_up + from + (size_t)P * PACK), out;
     for (int k = 0; k < PACK; k++) out.set(k, gate.get(k) * swiglu_sigmoid(gate.get(k)) * up.get(k));
     pack_store(y + (size_t)i * PACK, out);
 }
@@ -74,8 +74,8 @@ static __global__ void __launch_bounds__(256)
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= packs) return;
     size_t from = ((size_t)i + (size_t)(i / P) * P) * PACK, F = (size_t)P * PACK;
-    PackX gate = pack_load_once(gate_up + from), up = pack_load_once(gate_up + from + F);
-    PackX dout = pack_load_once(dy + (size_t)i * PACK), dgate, dup;
+    PackX gate = pack_load(gate_up + from), up = pack_load(gate_up + from + F);
+    PackX dout = pack_load(dy + (size_t)i * PACK), dgate, dup;
     for (int k = 0; k < PACK; k++) {
         float g = gate.get(k), d = dout.get(k), s = swiglu_sigmoid(g);
         dgate.set(k, d * up.get(k) * s * (1 + g * (1 - s)));
