@@ -82,7 +82,10 @@ static int64_t rows(const Problem* p) { return p->N; }
 static void reference(Bench* b, const Problem* p, int64_t first, int64_t count) {
     const size_t at = (size_t)first * p->C, n = (size_t)count * p->C;
     std::vector<float> dx(n), dw(b->host(p->dw), b->host(p->dw) + p->C);
-    if (RESIDUAL) dx.assign(b->host(p->dx, at, n), b->host(p->dx, at, n) + n);
+    if (RESIDUAL) {
+        const float* dres = b->host(p->dx, at, n);
+        dx.assign(dres, dres + n);
+    }
     rmsnorm_backward_cpu(dx.data(), dw.data(), b->host(p->dy, at, n), b->host(p->x, at, n), b->host(p->w),
                          b->host(p->r) + first, (int)count, p->C);
     b->expect(p->dx, at, dx.data(), n);
@@ -294,6 +297,7 @@ static __global__ void __launch_bounds__(512, 1) walk_kernel(Problem p) {
         for (int k = 0; k < PACKS; k++)
             if (n < p.N && first + k * step < p.C) to[k] = pack_load(from + (size_t)n * p.C + first + k * step);
     };
+    float next_r = p.r[blockIdx.x];
     load(w, p.w, 0);
     if (AHEAD) load(x, p.x, blockIdx.x), load(dy, p.dy, blockIdx.x);
     for (int n = blockIdx.x, turn = 0; n < p.N; n += gridDim.x, turn ^= 1) {
@@ -305,7 +309,8 @@ static __global__ void __launch_bounds__(512, 1) walk_kernel(Problem p) {
         else
             load(x, p.x, n), load(dy, p.dy, n);
         if (RESIDUAL) load(dres, p.dres, n);
-        const float r = p.r[n];
+        const float r = next_r;
+        if (n + (int)gridDim.x < p.N) next_r = p.r[n + gridDim.x];
 #pragma unroll
         for (int k = 0; k < PACKS; k++) dot += rmsnorm_dot(x[k], dy[k], w[k]);
         const float scale = rmsnorm_block_sum(dot, sums[turn]) * p.mean * r * r * r;
@@ -377,6 +382,8 @@ static const char* keeps_two_rows(const Problem* p) {
 //         under way always, and a thread may have 1, 2, 4 or 8 packs: rows of 64 KB fit a block
 // limit   several blocks to a multiprocessor leave several sums each; the second kernel is still there
 
+static __device__ unsigned rows_taken; // 0 whenever no kernel runs
+
 // x added up over the threads of a row; sums: of this row's warps
 __device__ __forceinline__ float row_sum(float x, float* sums) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
@@ -387,67 +394,80 @@ __device__ __forceinline__ float row_sum(float x, float* sums) {
     return warp_sum(lane < warps ? sums[lane] : 0);
 }
 
-// dw += 32 columns of the sums of so many blocks, by all warps of this one; the order depends on their number alone
+// dw += 32 columns of the sums of so many blocks, by all warps of this one; the order depends on their number alone. 8 numbers
+// of each lane are under way at once
 __device__ __forceinline__ void add_columns(floatX* dw, const float* partial, int blocks, int C, int first) {
-    __shared__ float part[WARP][WARP];
+    __shared__ float part[WARP][WARP + 1];
     const int thread = threadIdx.y * blockDim.x + threadIdx.x, warps = blockDim.x * blockDim.y / WARP;
     const int warp = thread / WARP, lane = thread % WARP, c = first + lane;
     float sum = 0;
-    if (c < C) {
-#pragma unroll 8
-        for (int b = warp; b < blocks; b += warps) sum += __ldcg(partial + (size_t)b * C + c);
+    for (int b = warp; b < blocks; b += 8 * warps) {
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            v[i] = c < C && b + i * warps < blocks ? __ldcg(partial + (size_t)(b + i * warps) * C + c) : 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += v[i];
     }
     part[warp][lane] = sum;
     __syncthreads();
-    if (warp == 0 && c < C) {
-        for (int i = 1; i < warps; i++) sum += part[i][lane];
-        dw[c] = from_float<floatX>(to_float(dw[c]) + sum);
+    for (int column = warp; column < WARP; column += warps) {
+        sum = warp_sum(lane < warps ? part[lane][column] : 0);
+        if (lane == 0 && first + column < C)
+            dw[first + column] = from_float<floatX>(to_float(dw[first + column]) + sum);
     }
     __syncthreads(); // before part is written again
 }
 
-// block: (threads of a row, rows side by side)
-template <int PACKS, int STAGES, int END>
-static __global__ void __launch_bounds__(PACKS == 1 ? 1024 : 512, 1) ring_kernel(Problem p) {
+// threads of a block whose registers hold so many packs each, their weights and sums
+__host__ __device__ constexpr int ring_threads(int packs) { return packs == 1 ? 1024 : packs == 2 ? 640 : 512; }
+
+// block: (threads of a row, rows side by side). TICKETS: after the first rows each takes the next one that nobody has
+template <int PACKS, int STAGES, int END, bool TICKETS>
+static __global__ void __launch_bounds__(ring_threads(PACKS), 1) ring_kernel(Problem p) {
     enum { ARRAYS = 2 + RESIDUAL };
     extern __shared__ int4 shared[]; // (rows side by side, STAGES, ARRAYS, PACKS, threads of a row)
     __shared__ float sums[2][WARP];
-    const int C = p.C, step = blockDim.x * PACK, first = threadIdx.x * PACK;
-    const int start = blockIdx.x * blockDim.y + threadIdx.y,
-              apart = gridDim.x * blockDim.y; // rows start, start + apart, …
-    const int rows = start < p.N ? (p.N - start + apart - 1) / apart : 0;
-    const size_t next = (size_t)apart * C;
+    __shared__ int tickets[2][WARP];
+    const int C = p.C, step = blockDim.x * PACK, first = threadIdx.x * PACK, apart = gridDim.x * blockDim.y;
     floatX* const ring = (floatX*)shared + threadIdx.y * STAGES * ARRAYS * PACKS * step + first;
 #if __CUDA_ARCH__ >= 900
     if (END == EARLY) cudaTriggerProgrammaticLaunchCompletion();
 #endif
     auto place = [&](int stage, int array, int k) { return ring + ((stage * ARRAYS + array) * PACKS + k) * step; };
-    auto fetch = [&](int i, size_t row, int stage, int k) { // of the thread's row i, which begins at `row`
-        if (i >= rows || first + k * step >= C) return;
-        const size_t at = row + first + k * step;
+    auto fetch = [&](int n, int stage, int k) {
+        if (n >= p.N || first + k * step >= C) return;
+        const size_t at = (size_t)n * C + first + k * step;
         rmsnorm_copy(place(stage, 0, k), p.x + at);
         rmsnorm_copy(place(stage, 1, k), p.dy + at);
         if (RESIDUAL) rmsnorm_copy(place(stage, 2, k), p.dres + at);
     };
-    size_t row = (size_t)start * C;
+    int rows[STAGES]; // that are in the ring, or on their way: the next one first
 #pragma unroll
     for (int stage = 0; stage < STAGES; stage++) {
+        rows[stage] = blockIdx.x * blockDim.y + threadIdx.y + stage * apart;
 #pragma unroll
-        for (int k = 0; k < PACKS; k++) fetch(stage, row + stage * next, stage, k);
+        for (int k = 0; k < PACKS; k++) fetch(rows[stage], stage, k);
         rmsnorm_copies_end();
     }
     PackX w[PACKS] = {};
-    float dw[PACKS][PACK] = {}, next_r = rows ? p.r[start] : 0;
+    float dw[PACKS][PACK] = {}, next_r = rows[0] < p.N ? p.r[rows[0]] : 0;
+    int taken = 0; // by thread 0, for the row after the next
+    if (TICKETS && threadIdx.x == 0) taken = STAGES * apart + atomicAdd(&rows_taken, 1);
 #pragma unroll
     for (int k = 0; k < PACKS; k++)
         if (first + k * step < C) w[k] = pack_load(p.w + first + k * step);
 
-    for (int i = 0, stage = 0; i < rows; i++, row += next, stage = stage + 1 < STAGES ? stage + 1 : 0) {
+    for (int stage = 0, turn = 0; rows[0] < p.N; turn ^= 1, stage = stage + 1 < STAGES ? stage + 1 : 0) {
         PackX x[PACKS] = {}, dy[PACKS] = {};
+        const size_t row = (size_t)rows[0] * C;
         const float r = next_r;
         float dot = 0;
         packs_forget(w);
-        if (i + 1 < rows) next_r = p.r[start + (i + 1) * apart];
+        if (TICKETS && threadIdx.x == 0) {
+            tickets[turn][threadIdx.y] = taken;
+            taken = STAGES * apart + atomicAdd(&rows_taken, 1);
+        }
         rmsnorm_copies_wait<STAGES - 1>();
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
@@ -455,19 +475,24 @@ static __global__ void __launch_bounds__(PACKS == 1 ? 1024 : 512, 1) ring_kernel
             x[k] = pack_load(place(stage, 0, k)), dy[k] = pack_load(place(stage, 1, k));
             dot += rmsnorm_dot(x[k], dy[k], w[k]);
         }
-        const float scale = row_sum(dot, sums[i % 2] + threadIdx.y * (blockDim.x / WARP)) * p.mean * r * r * r;
+        const float scale = row_sum(dot, sums[turn] + threadIdx.y * (blockDim.x / WARP)) * p.mean * r * r * r;
+        if (TICKETS && blockDim.x == WARP) __syncwarp();
+        const int after = TICKETS ? tickets[turn][threadIdx.y] : rows[STAGES - 1] + apart; // goes to this row's places
         packs_forget(x), packs_forget(dy);
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
             if (first + k * step >= C) continue;
             PackX dres = {};
-            if (PACKS > 2)
-                x[k] = pack_load(place(stage, 0, k)), dy[k] = pack_load(place(stage, 1, k)); // too many to keep
+            if (PACKS > 2) // too many to keep
+                x[k] = pack_load(place(stage, 0, k)), dy[k] = pack_load(place(stage, 1, k));
             if (RESIDUAL) dres = pack_load(place(stage, 2, k));
             pack_store(p.dx + row + first + k * step, rmsnorm_dx(dw[k], x[k], dy[k], dres, w[k], r, scale));
-            fetch(i + STAGES, row + STAGES * next, stage, k);
+            fetch(after, stage, k);
         }
         rmsnorm_copies_end();
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) rows[i] = i + 1 < STAGES ? rows[i + 1] : after;
+        if (rows[0] < p.N) next_r = p.r[rows[0]];
     }
 
     if (blockDim.y == 1) {
@@ -491,26 +516,28 @@ static __global__ void __launch_bounds__(PACKS == 1 ? 1024 : 512, 1) ring_kernel
     for (int c = blockIdx.x * WARP; c < C; c += gridDim.x * WARP) add_columns(p.dw, p.sums, gridDim.x, C, c);
 }
 
-// side_by_side: rows to a block, each of `threads` threads. launch(kernel, blocks, bytes of shared memory)
-template <int END, typename Launch>
-static void ring_launch(const Problem* p, int threads, int side_by_side, Launch launch) {
+// SIDE_BY_SIDE: as many rows to a block as its threads can take, else one. launch(kernel, blocks, threads, bytes of shared memory)
+template <bool SIDE_BY_SIDE, int END, bool TICKETS, typename Launch>
+static void ring_launch(const Problem* p, int block, Launch launch) {
+    int threads = row_threads(p->C, block, MOST);
+    if (threads > 512 && threads * PACK < p->C) threads = 512; // more have registers for one pack
     with_packs<MOST>(p->C, threads, [&](auto packs) {
-        const int64_t row = (2 + RESIDUAL) * 16 * (int64_t) decltype(packs)::value * threads * side_by_side;
-        with_stages(row, [&](auto stages) {
-            auto kernel = ring_kernel<decltype(packs)::value, decltype(stages)::value, END>;
-            const size_t bytes = (size_t)row * decltype(stages)::value;
-            launch_require(rmsnorm_shared(kernel, (int64_t)bytes), "ring", "a row fits a block");
-            launch(kernel, walking_blocks(p, kernel, threads * side_by_side, bytes, side_by_side), bytes);
-            launch_check();
+        constexpr int PACKS = decltype(packs)::value;
+        const int most = threads == WARP ? 32 : 15; // 15 barriers, which a row of one warp does not need
+        const int rows = SIDE_BY_SIDE ? std::max(1, std::min(ring_threads(PACKS) / threads, most)) : 1;
+        const int64_t bytes = (2 + RESIDUAL) * 16 * (int64_t)PACKS * threads * rows;
+        with_stages(bytes, [&](auto stages) {
+            auto kernel = ring_kernel<PACKS, decltype(stages)::value, END, TICKETS>;
+            const size_t shared = (size_t)bytes * decltype(stages)::value;
+            launch_require(rmsnorm_shared(kernel, (int64_t)shared), "ring", "a row fits a block");
+            launch(kernel, walking_blocks(p, kernel, threads * rows, shared, rows), dim3(threads, rows), shared);
         });
     });
 }
 
 static void ring(const Problem* p, int block, cudaStream_t stream) {
-    int threads = row_threads(p->C, block, MOST);
-    if (threads > 512 && threads * PACK < p->C) threads = 512; // more have registers for one pack
-    ring_launch<PARTIAL_SUMS>(p, threads, 1, [&](auto kernel, int blocks, size_t bytes) {
-        kernel<<<blocks, threads, bytes, stream>>>(*p);
+    ring_launch<false, PARTIAL_SUMS, false>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
+        kernel<<<blocks, threads, shared, stream>>>(*p);
         launch_check();
         add_sums(p, blocks, stream);
     });
@@ -525,20 +552,35 @@ static const char* ring_refuses(const Problem* p) {
 // ---- side_by_side ----------------------------------------------------------------------------
 // idea    one block to a multiprocessor, with several rows at a time, each with its own threads, ring and barrier. At the end it
 //         adds up over them: 132 sums in all, whatever the length of a row
-// limit   the second kernel: its launch, its loads from the L2, and the first kernel's slowest block before it
-
-// rows that `block` threads take at a time: with one pack to a thread, at most 15 for the barriers
-static int rows_side_by_side(int threads, int block) {
-    return std::max(1, std::min(block / threads, threads == WARP ? 32 : 15));
-}
+// limit   the second kernel: its launch, one load after the other from the L2, 31 additions one after the other
 
 static void side_by_side(const Problem* p, int block, cudaStream_t stream) {
-    const int threads = row_threads(p->C, 512, MOST),
-              rows = rows_side_by_side(threads, p->C <= threads * PACK ? block : 512);
-    ring_launch<PARTIAL_SUMS>(p, threads, rows, [&](auto kernel, int blocks, size_t bytes) {
-        kernel<<<blocks, dim3(threads, rows), bytes, stream>>>(*p);
+    ring_launch<true, PARTIAL_SUMS, false>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
+        kernel<<<blocks, threads, shared, stream>>>(*p);
         launch_check();
         add_sums(p, blocks, stream);
+    });
+}
+
+// ---- sums_at_once ----------------------------------------------------------------------------
+// idea    a second kernel that asks for all it needs at once, and adds up over its warps by shuffles
+// limit   its launch
+
+template <int END, bool TICKETS>
+static __global__ void __launch_bounds__(1024) add_columns_kernel(Problem p, int blocks) {
+#if __CUDA_ARCH__ >= 900
+    if (END == EARLY) cudaGridDependencySynchronize();
+#endif
+    if (TICKETS && blockIdx.x == 0 && threadIdx.x == 0) rows_taken = 0;
+    add_columns(p.dw, p.sums, blocks, p.C, blockIdx.x * WARP);
+}
+
+static void sums_at_once(const Problem* p, int block, cudaStream_t stream) {
+    ring_launch<true, PARTIAL_SUMS, false>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
+        kernel<<<blocks, threads, shared, stream>>>(*p);
+        launch_check();
+        add_columns_kernel<PARTIAL_SUMS, false><<<(unsigned)ceil_div(p->C, WARP), 1024, 0, stream>>>(*p, blocks);
+        launch_check();
     });
 }
 
@@ -548,44 +590,49 @@ static void side_by_side(const Problem* p, int block, cudaStream_t stream) {
 // limit   they must run at the same time: a cooperative launch, which waits for the whole GPU
 
 static void one_launch(const Problem* p, int block, cudaStream_t stream) {
-    const int threads = row_threads(p->C, 512, MOST),
-              rows = rows_side_by_side(threads, p->C <= threads * PACK ? block : 512);
-    ring_launch<ALL_BLOCKS>(p, threads, rows, [&](auto kernel, int blocks, size_t bytes) {
+    ring_launch<true, ALL_BLOCKS, false>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
         Problem problem = *p;
         void* arguments[] = { &problem };
-        cuda_check(cudaLaunchCooperativeKernel(kernel, dim3(blocks), dim3(threads, rows), arguments, bytes, stream));
+        cuda_check(cudaLaunchCooperativeKernel(kernel, dim3(blocks), threads, arguments, shared, stream));
+        launch_check();
     });
 }
 
 // ---- early_sum -------------------------------------------------------------------------------
 // idea    the second kernel is launched before the first has ended (a programmatic dependent launch), and waits on the GPU for
 //         its results: no gap between the two
-// limit   the loads from the L2, and the slowest block
-
-static __global__ void __launch_bounds__(512) early_sum_kernel(Problem p, int blocks) {
-#if __CUDA_ARCH__ >= 900
-    cudaGridDependencySynchronize();
-#endif
-    add_columns(p.dw, p.sums, blocks, p.C, blockIdx.x * WARP);
-}
+// limit   blocks with fixed rows: the last one decides, wherever on the chip it runs
 
 static void early_sum(const Problem* p, int block, cudaStream_t stream) {
-    const int threads = row_threads(p->C, 512, MOST),
-              rows = rows_side_by_side(threads, p->C <= threads * PACK ? block : 512);
-    ring_launch<EARLY>(p, threads, rows, [&](auto kernel, int blocks, size_t bytes) {
-        kernel<<<blocks, dim3(threads, rows), bytes, stream>>>(*p);
+    ring_launch<true, EARLY, false>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
+        kernel<<<blocks, threads, shared, stream>>>(*p);
         launch_check();
         cudaLaunchAttribute early = {};
         early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         early.val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config = {};
-        config.gridDim = dim3((unsigned)ceil_div(p->C, WARP)), config.blockDim = dim3(512), config.stream = stream;
+        config.gridDim = dim3((unsigned)ceil_div(p->C, WARP)), config.blockDim = dim3(1024), config.stream = stream;
         config.attrs = &early, config.numAttrs = 1;
-        cuda_check(cudaLaunchKernelEx(&config, early_sum_kernel, *p, blocks));
+        cuda_check(cudaLaunchKernelEx(&config, add_columns_kernel<EARLY, false>, *p, blocks));
+        launch_check();
     });
 }
 
 static const char* early_refuses(const Problem* p) { return hopper_refuses() ? hopper_refuses() : ring_refuses(p); }
+
+// ---- tickets ---------------------------------------------------------------------------------
+// idea    each takes the next row that nobody has taken, by an atomic addition: multiprocessors far from memory take fewer, and
+//         the rows under way lie close together
+// limit   which rows a block adds up changes from run to run, and so do the bits of dw
+
+static void tickets(const Problem* p, int block, cudaStream_t stream) {
+    ring_launch<true, PARTIAL_SUMS, true>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
+        kernel<<<blocks, threads, shared, stream>>>(*p);
+        launch_check();
+        add_columns_kernel<PARTIAL_SUMS, true><<<(unsigned)ceil_div(p->C, WARP), 1024, 0, stream>>>(*p, blocks);
+        launch_check();
+    });
+}
 
 // ---- producer_warp ---------------------------------------------------------------------------
 // idea    a warp that does nothing else keeps the ring full, three bulk copies (cp.async.bulk) to a row; the others wait at
@@ -689,7 +736,8 @@ static void producer_warp(const Problem* p, int block, cudaStream_t stream) {
         const int blocks = walking_blocks(p, kernel, threads + WARP, stages * row);
         kernel<<<blocks, threads + WARP, stages * row, stream>>>(*p, stages);
         launch_check();
-        add_sums(p, blocks, stream);
+        add_columns_kernel<PARTIAL_SUMS, false><<<(unsigned)ceil_div(p->C, WARP), 1024, 0, stream>>>(*p, blocks);
+        launch_check();
     });
 }
 
@@ -801,7 +849,8 @@ static void cluster(const Problem* p, int block, cudaStream_t stream) {
             config.gridDim = dim3(CLUSTER * clusters);
             cuda_check(cudaLaunchKernelEx(&config, kernel, *p, columns));
             launch_check();
-            add_sums(p, clusters, stream);
+            add_columns_kernel<PARTIAL_SUMS, false><<<(unsigned)ceil_div(p->C, WARP), 1024, 0, stream>>>(*p, clusters);
+            launch_check();
         });
     });
 }
@@ -828,9 +877,11 @@ static const Variant<Problem> variants[] = {
     { "last_block",       last_block,       { 128, 256, 512 },      "... by the block that is done last", keeps_row },
     { "row_ahead",        row_ahead,        { 128, 256, 512 },      "partial_sums, the next row on its way to registers", keeps_two_rows },
     { "ring",             ring,             { 128, 256, 512, 1024 },"partial_sums, rows in a ring in shared memory, refilled as it is read", ring_refuses },
-    { "side_by_side",     side_by_side,     { 512, 1024 },          "ring, several rows at a time in one block to a multiprocessor", ring_refuses },
-    { "one_launch",       one_launch,       { 512, 1024 },          "side_by_side, a barrier of the grid in place of the second kernel", ring_refuses },
-    { "early_sum",        early_sum,        { 512, 1024 },          "side_by_side, the second kernel launched early", early_refuses },
+    { "side_by_side",     side_by_side,     { 128, 256, 512 },      "ring, several rows at a time in one block to a multiprocessor", ring_refuses },
+    { "sums_at_once",     sums_at_once,     { 128, 256, 512 },      "side_by_side, the second kernel loads all at once", ring_refuses },
+    { "one_launch",       one_launch,       { 128, 256, 512 },      "side_by_side, a barrier of the grid in place of the second kernel", ring_refuses },
+    { "early_sum",        early_sum,        { 128, 256, 512 },      "sums_at_once, the second kernel launched early", early_refuses },
+    { "tickets",          tickets,          { 128, 256, 512 },      "sums_at_once, rows to who is free. Not deterministic", ring_refuses },
     { "producer_warp",    producer_warp,    { 128, 256, 512 },      "ring by bulk copies, which a warp of its own asks for", producer_refuses },
     { "cluster",          cluster,          { 128, 256, 512 },      "ring, half a row to each of two blocks that form a cluster", cluster_refuses },
     { "production",       production,       { 0 },                  "llmc/rmsnorm.h: one pack a thread, a ring of 3 rows, a second kernel" },

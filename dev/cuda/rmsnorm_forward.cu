@@ -51,7 +51,8 @@ struct Problem {
     int N, C;
     const floatX *a, *b, *w;
     floatX *sum, *y;
-    float *r, mean; // mean: 1 / C
+    float *r, mean;       // mean: 1 / C
+    unsigned* rows_taken; // scratch
 };
 
 static Problem setup(Bench* b, const Shape* s) {
@@ -64,6 +65,7 @@ static Problem setup(Bench* b, const Shape* s) {
     if (RESIDUAL) p.sum = b->output<floatX>("sum", n);
     p.y = b->output<floatX>("y", n, s->C);
     p.r = b->output<float>("r", s->N, s->C);
+    p.rows_taken = b->scratch<unsigned>(1);
     return p;
 }
 
@@ -261,25 +263,27 @@ static void rows_in_shared(const Problem* p, int block, cudaStream_t stream) {
 // limit   the registers: a thread of 8 packs has 32 of them waiting, and as many threads fewer fit a multiprocessor. What a
 //         block has under way ends with its row; the next block begins from nothing
 
-template <int PACKS, bool ONCE>
+enum { UNMARKED, LOADS, LOADS_AND_STORES }; // what is marked as not needed again
+
+template <int PACKS, int MARKED>
 static __global__ void __launch_bounds__(512) row_in_registers_kernel(Problem p) {
     const size_t row = (size_t)blockIdx.x * p.C;
     const int step = blockDim.x * PACK, first = threadIdx.x * PACK;
     PackX x[PACKS] = {}, add[PACKS];
     float squares = 0;
+    auto store = [](floatX* to, PackX v) { MARKED == LOADS_AND_STORES ? pack_store_once(to, v) : pack_store(to, v); };
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
         const size_t i = row + first + k * step;
         if (first + k * step >= p.C) continue;
-        x[k] = ONCE ? pack_load_once(p.a + i) : pack_load(p.a + i);
-        if (RESIDUAL) add[k] = ONCE ? pack_load_once(p.b + i) : pack_load(p.b + i);
+        x[k] = MARKED ? pack_load_once(p.a + i) : pack_load(p.a + i);
+        if (RESIDUAL) add[k] = MARKED ? pack_load_once(p.b + i) : pack_load(p.b + i);
     }
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
         if (RESIDUAL && first + k * step < p.C) {
             x[k] = rmsnorm_add(x[k], add[k]);
-            ONCE ? pack_store_once(p.sum + row + first + k * step, x[k])
-                 : pack_store(p.sum + row + first + k * step, x[k]);
+            store(p.sum + row + first + k * step, x[k]);
         }
         squares += rmsnorm_squares(x[k]);
     }
@@ -289,23 +293,21 @@ static __global__ void __launch_bounds__(512) row_in_registers_kernel(Problem p)
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
         const int c = first + k * step;
-        if (c >= p.C) continue;
-        const PackX y = rmsnorm_scale(x[k], r, pack_load(p.w + c));
-        ONCE ? pack_store_once(p.y + row + c, y) : pack_store(p.y + row + c, y);
+        if (c < p.C) store(p.y + row + c, rmsnorm_scale(x[k], r, pack_load(p.w + c)));
     }
 }
 
-template <bool ONCE>
+template <int MARKED>
 static void row_in_registers_any(const Problem* p, int block, cudaStream_t stream) {
     const int threads = row_threads(p->C, block, 8);
     with_packs<8>(p->C, threads, [&](auto packs) {
-        row_in_registers_kernel<decltype(packs)::value, ONCE><<<(unsigned)p->N, threads, 0, stream>>>(*p);
+        row_in_registers_kernel<decltype(packs)::value, MARKED><<<(unsigned)p->N, threads, 0, stream>>>(*p);
         launch_check();
     });
 }
 
 static void row_in_registers(const Problem* p, int block, cudaStream_t stream) {
-    row_in_registers_any<false>(p, block, stream);
+    row_in_registers_any<UNMARKED>(p, block, stream);
 }
 
 static const char* keeps_row(const Problem* p) {
@@ -313,12 +315,19 @@ static const char* keeps_row(const Problem* p) {
 }
 
 // ---- marked_as_once --------------------------------------------------------------------------
-// idea    the loads and stores say that their lines are not needed again (ld.cs, st.cs): the L2 gives them up first, so that the
-//         write-back of old lines does not wait for the reading of new ones
-// limit   the same. And in a model y is needed again, at once: what is gained here may be lost by who reads it
+// idea    the loads and stores say that their lines are not needed again (ld.cs, st.cs), so that the L2 gives them up first
+// limit   what is stored leaves the L2 at once, in small pieces between the loads, where it would have left in larger ones later
 
 static void marked_as_once(const Problem* p, int block, cudaStream_t stream) {
-    row_in_registers_any<true>(p, block, stream);
+    row_in_registers_any<LOADS_AND_STORES>(p, block, stream);
+}
+
+// ---- loads_marked ----------------------------------------------------------------------------
+// idea    the loads alone: what is read makes room for what is written
+// limit   memory itself
+
+static void loads_marked(const Problem* p, int block, cudaStream_t stream) {
+    row_in_registers_any<LOADS>(p, block, stream);
 }
 
 // ---- ring ------------------------------------------------------------------------------------
@@ -328,40 +337,47 @@ static void marked_as_once(const Problem* p, int block, cudaStream_t stream) {
 // limit   a block works on one row at a time, with a barrier in the middle: between rows it is the other blocks of the
 //         multiprocessor that keep memory busy, and long rows leave room for one
 
-template <int PACKS, int STAGES>
+// TICKETS: after the first rows each block takes the next one that nobody has
+template <int PACKS, int STAGES, bool TICKETS>
 static __global__ void __launch_bounds__(512) ring_kernel(Problem p) {
     enum { ARRAYS = RESIDUAL ? 2 : 1 };
     extern __shared__ int4 shared[]; // (STAGES, ARRAYS, PACKS, threads)
     __shared__ float sums[2][WARP];
-    const int step = blockDim.x * PACK, first = threadIdx.x * PACK, n = blockIdx.x;
-    const int rows = (p.N - n + (int)gridDim.x - 1) / (int)gridDim.x;
-    const size_t next = (size_t)gridDim.x * p.C;
+    __shared__ int tickets[2];
+    const int step = blockDim.x * PACK, first = threadIdx.x * PACK;
     floatX* const ring = (floatX*)shared + first;
 
     auto place = [&](int stage, int k) { return ring + (size_t)(stage * ARRAYS * PACKS + k) * step; };
-    auto fetch = [&](int i, int stage, int k) { // of row i of the block
-        const size_t at = (size_t)n * p.C + i * next + first + k * step;
-        if (i >= rows || first + k * step >= p.C) return;
+    auto fetch = [&](int n, int stage, int k) {
+        const size_t at = (size_t)n * p.C + first + k * step;
+        if (n >= p.N || first + k * step >= p.C) return;
         rmsnorm_copy(place(stage, k), p.a + at);
         if (RESIDUAL) rmsnorm_copy(place(stage, k + PACKS), p.b + at);
     };
+    int rows[STAGES]; // that are in the ring, or on their way: the next one first
 #pragma unroll
     for (int stage = 0; stage < STAGES; stage++) {
+        rows[stage] = blockIdx.x + stage * gridDim.x;
 #pragma unroll
-        for (int k = 0; k < PACKS; k++) fetch(stage, stage, k);
+        for (int k = 0; k < PACKS; k++) fetch(rows[stage], stage, k);
         rmsnorm_copies_end();
     }
     PackX w[PACKS] = {};
+    int taken = 0; // by thread 0, for the row after the next
+    if (TICKETS && threadIdx.x == 0) taken = STAGES * gridDim.x + atomicAdd(p.rows_taken, 1);
 #pragma unroll
     for (int k = 0; k < PACKS; k++)
         if (first + k * step < p.C) w[k] = pack_load(p.w + first + k * step);
 
-    int stage = 0;
-    for (int i = 0; i < rows; i++) {
-        const size_t row = (size_t)n * p.C + i * next;
+    for (int stage = 0, turn = 0; rows[0] < p.N; turn ^= 1, stage = stage + 1 < STAGES ? stage + 1 : 0) {
+        const size_t row = (size_t)rows[0] * p.C;
         PackX x[PACKS] = {};
         float squares = 0;
         packs_forget(w);
+        if (TICKETS && threadIdx.x == 0) {
+            tickets[turn] = taken;
+            taken = STAGES * gridDim.x + atomicAdd(p.rows_taken, 1);
+        }
         rmsnorm_copies_wait<STAGES - 1>();
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
@@ -374,26 +390,29 @@ static __global__ void __launch_bounds__(512) ring_kernel(Problem p) {
             }
             squares += rmsnorm_squares(x[k]);
         }
-        const float r = rsqrtf(rmsnorm_block_sum(squares, sums[i % 2]) * p.mean + EPS);
+        const float r = rsqrtf(rmsnorm_block_sum(squares, sums[turn]) * p.mean + EPS);
+        const int after = TICKETS ? tickets[turn] : rows[STAGES - 1] + gridDim.x; // goes to this row's places
         packs_forget(x);
-        if (first == 0) p.r[n + i * gridDim.x] = r;
+        if (first == 0) p.r[rows[0]] = r;
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
             const int c = first + k * step;
             if (c < p.C) pack_store(p.y + row + c, rmsnorm_scale(x[k], r, w[k]));
-            fetch(i + STAGES, stage, k);
+            fetch(after, stage, k);
         }
         rmsnorm_copies_end();
-        stage = stage + 1 < STAGES ? stage + 1 : 0;
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) rows[i] = i + 1 < STAGES ? rows[i + 1] : after;
     }
 }
 
-static void ring(const Problem* p, int block, cudaStream_t stream) {
+template <bool TICKETS>
+static void ring_any(const Problem* p, int block, cudaStream_t stream) {
     const int threads = row_threads(p->C, block, 8);
     with_packs<8>(p->C, threads, [&](auto packs) {
         const int64_t row = (RESIDUAL ? 2 : 1) * 16 * (int64_t) decltype(packs)::value * threads;
         with_stages(row, [&](auto stages) {
-            auto kernel = ring_kernel<decltype(packs)::value, decltype(stages)::value>;
+            auto kernel = ring_kernel<decltype(packs)::value, decltype(stages)::value, TICKETS>;
             const size_t bytes = (size_t)row * decltype(stages)::value;
             launch_require(rmsnorm_shared(kernel, (int64_t)bytes), "ring", "a row fits a block");
             const int blocks = std::min(resident_blocks(kernel, threads, bytes), p->N);
@@ -401,6 +420,17 @@ static void ring(const Problem* p, int block, cudaStream_t stream) {
             launch_check();
         });
     });
+}
+
+static void ring(const Problem* p, int block, cudaStream_t stream) { ring_any<false>(p, block, stream); }
+
+// ---- tickets ---------------------------------------------------------------------------------
+// idea    a block takes the next row that nobody has, by an atomic addition, as a block of a kernel that does not walk would
+// limit   the counter is set to 0 before each launch
+
+static void tickets(const Problem* p, int block, cudaStream_t stream) {
+    cuda_check(cudaMemsetAsync(p->rows_taken, 0, sizeof *p->rows_taken, stream));
+    ring_any<true>(p, block, stream);
 }
 
 // ---- bulk_copy -------------------------------------------------------------------------------
@@ -575,8 +605,10 @@ static const Variant<Problem> variants[] = {
     { "loads_of_16_bytes",  loads_of_16_bytes,  { 64, 128, 256, 512 },      "a warp to a row, 512 bytes to a load" },
     { "rows_in_shared",     rows_in_shared,     { 128, 256, 512 },          "several rows and w in shared memory, read once" },
     { "row_in_registers",   row_in_registers,   { 64, 128, 256, 512 },      "a block to a row, all loads of it at once", keeps_row },
-    { "marked_as_once",     marked_as_once,     { 64, 128, 256, 512 },      "the same, loads and stores marked ld.cs, st.cs", keeps_row },
+    { "marked_as_once",     marked_as_once,     { 64, 128, 256, 512 },      "the same, its loads marked ld.cs, its stores st.cs", keeps_row },
+    { "loads_marked",       loads_marked,       { 64, 128, 256, 512 },      "row_in_registers, its loads marked ld.cs", keeps_row },
     { "ring",               ring,               { 64, 128, 256, 512 },      "blocks walk the rows, the next ones on their way (cp.async)", keeps_row },
+    { "tickets",            tickets,            { 64, 128, 256, 512 },      "ring, rows to who is free", keeps_row },
     { "bulk_copy",          bulk_copy,          { 64, 128, 256, 512 },      "a row is one copy of the copy engine", needs_hopper },
     { "bulk_rings",         bulk_rings,         { 64, 128, 256, 512 },      "a ring for each warp, in and out by the copy engine", bulk_rings_refuses },
     { "production",         production,         { 0 },                      "llmc/rmsnorm.h: a row in shared memory, by cp.async" },
