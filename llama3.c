@@ -401,6 +401,8 @@ bool model_plan(const Config* c, int B, int T, int64_t rows, Error* err) {
     return true;
 }
 
+void model_print_memory(const Model* m) { (void)m; }
+
 void model_reserve(Model* m, int B, int T, bool training) {
     acts_free(&m->s);
     m->s = acts_make(&m->c, B * T, T, 0, training);

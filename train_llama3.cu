@@ -116,7 +116,8 @@ struct Model {
     GpuSet w, master, dw, m, v;   // weights, their fp32 originals, gradients, AdamW's moments
     int64_t updates;              // AdamW steps done
     bool dw_empty;                // the gradients are to be overwritten, not added to
-    Acts s;                       // of training and evaluation
+    Acts s;                       // of training and evaluation, with room for
+    int B, T;                     // B sequences of T tokens
 };
 
 struct Sequence {
@@ -138,10 +139,9 @@ static struct {
     Settings set;
     bool accumulates;            // a step has several passes
     bool chunk_noted;            // logits_bytes is that of the run that is resumed
-    bool planned;                // memory was planned for, and the plan is to be shown
     cudaStream_t stream, copies; // copies: of batches, while stream computes
     size_t bytes;                // allocated
-} gpu = { { RECOMPUTE_NONE, ATTENTION_REFERENCE, false, DTYPE_X == DTYPE_BF16, LOGITS_MOST }, false, false, false, 0, 0, 0 };
+} gpu = { { RECOMPUTE_NONE, ATTENTION_REFERENCE, false, DTYPE_X == DTYPE_BF16, LOGITS_MOST }, false, false, 0, 0, 0 };
 
 // ---- 2. memory -------------------------------------------------------------------------------
 
@@ -879,7 +879,7 @@ bool model_plan(const Config* c, int B, int T, int64_t rows, Error* err) {
     if (gpu.chunk_noted && gpu.set.logits_bytes != noted)
         fprintf(stderr, "warning: less memory is free than when the run began: it goes on in smaller chunks, and losses may differ in "
                         "their last bits\n");
-    return gpu.planned = true;
+    return true;
 }
 
 // has the algorithms of a step's products chosen: they are timed in memory that is not there any more later
@@ -912,8 +912,10 @@ void model_reserve(Model* m, int B, int T, bool training) {
     }
     choose_products(&m->c, B * T, training);
     m->s = acts_make(&m->c, B, T, B * T, 0, training);
-    if (training && gpu.planned) plan_print(&m->c, B, T);
+    m->B = B, m->T = T;
 }
+
+void model_print_memory(const Model* m) { plan_print(&m->c, m->B, m->T); }
 
 double model_loss(Model* m, const int32_t* ids, const int32_t* labels, int B, int T) {
     timing_spoil();

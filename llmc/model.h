@@ -43,8 +43,11 @@ MODEL_API bool model_is_finite(const Model* m, Error* err);
 // configuration that fits
 MODEL_API bool model_plan(const Config* c, int B, int T, int64_t rows, Error* err);
 
-// memory for passes of up to B sequences of up to T tokens; training: with backward and updates, and where it goes is said
+// memory for passes of up to B sequences of up to T tokens; training: with backward and updates
 MODEL_API void model_reserve(Model* m, int B, int T, bool training);
+
+// says on stderr where the memory of training goes, and who computes attention; on the CPU there is nothing to say
+MODEL_API void model_print_memory(const Model* m);
 
 // the sum of the losses
 MODEL_API double model_loss(Model* m, const int32_t* ids, const int32_t* labels, int B, int T);

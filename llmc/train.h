@@ -219,6 +219,7 @@ static inline void print_banner(const Training* t) {
     if (t->rate > 0)
         fprintf(stderr, "speed      a step has %.3g FLOPs; a large matrix product runs at %.1f TFLOP/s here, of which a step's percentage is\n",
                 t->flops, t->rate * 1e-12);
+    if (o->steps > 0) model_print_memory(t->run->m);
     fprintf(stderr, "output     %s\n", t->out);
 }
 
