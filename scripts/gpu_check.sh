@@ -436,8 +436,8 @@ stage_profile() {
         --eval-every 0 --sample-every 0 --checkpoint-every 0"
     check profile.log 200 "time of each kernel" $run --steps 6 --out "$work/timing" --timing
     last profile.log '.' | tail -n 45 | cut -c1-150 | tee -a "$summary"
-    check profile.log 280 "ncu: our kernels in a step" ncu --clock-control none --kernel-name 'regex:_kernel' --launch-skip 40 --launch-count 40 \
-        --section SpeedOfLight --section LaunchStats --section Occupancy --page details $run --steps 1 --out "$work/ncu"
+    check profile.log 200 "make profile" make_gpu PRECISION=BF16 profile OP=rmsnorm_backward ARGS="--model 350M --seq 1024 --batch 4"
+    show profile.log '_kernel.*Context|Memory Throughput  *%|Achieved Occupancy' 6
 }
 
 # ---- -----------------------------------------------------------------------------------------
