@@ -9,7 +9,7 @@
 #   ops        each op against the CPU               time       tokens per second beside PyTorch's, of SHAPE,B,T … or all
 #   model      the model against llama3.c, PyTorch   kernels    the ops alone: dev/test/gpu/bench_*.cu
 #   program    resume, CPU and GPU, mistakes         profile    a step's kernels, and what ncu says of ours
-#   cli        the CPU program's black-box tests     lab        dev/cuda: selftest, check, report beside the peers
+#   cli        black-box tests; CLI_TESTS=PATTERN    lab        dev/cuda: selftest, check, report beside the peers
 #
 # Beside the tree it needs a folder, .gpu or $GPU_KIT: deps (a prefix with PCRE2, cJSON, cmocka, cudnn-frontend), data (the
 # test data), bench/peer_torch.py.
@@ -317,7 +317,7 @@ stage_program() {
 stage_cli() {
     check program.log 300 "build: black-box tests" make -j"$jobs" DEPS="$deps" build/release/test_cli build/release/test_runs
     for test in test_cli test_runs; do
-        check program.log 280 "$test on the GPU program" env LLAMA3_PROGRAM="$(folder FP32)/train_llama3cu" "build/release/$test"
+        check program.log 280 "$test on the GPU program" env LLAMA3_PROGRAM="$(folder FP32)/train_llama3cu" "build/release/$test" ${CLI_TESTS:-}
         show program.log 'FAILED|PASSED'
     done
 }

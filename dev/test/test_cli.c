@@ -1006,7 +1006,8 @@ static void test_reader_gone(void) {
     }
 }
 
-int main(void) {
+int main(int argc, char** argv) {
+    if (argc > 1) cmocka_set_test_filter(argv[1]); // those alone: a name, with * and ?
     const struct CMUnitTest tests[] = {
         TEST(test_help),
         TEST(test_version),

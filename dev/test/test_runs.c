@@ -628,7 +628,8 @@ static void test_embedded(void) {
     expect(contains(r.out, "820,992") || contains(r.out, "820992"), "the embedded default is not tiny: %s", r.out);
 }
 
-int main(void) {
+int main(int argc, char** argv) {
+    if (argc > 1) cmocka_set_test_filter(argv[1]); // those alone: a name, with * and ?
     const struct CMUnitTest tests[] = {
         TEST(test_checkpoint_files),
         TEST(test_checkpoint_with_tokenizer),
