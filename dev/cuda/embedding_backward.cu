@@ -9,8 +9,20 @@ The card        an H200 copies 4.30 TB/s: N 16384, C 2048 in bf16, 193 MB for ra
                 for text, 28 us. Times so short are spoilt by every kernel that is launched and by every look-up that waits
 The difficulty  A sum of floats depends on its order, and the same run twice shall give the same bits: no atomics. So the
                 tokens must be put in order first. And one token can be a third of the batch: padding
-Reached         on an H200, % of a copy, 1B, random tokens and text: row_of_table_per_block 2 and 2, atomics 19 and 18,
-                production 31 and 26, tiles 46 and 37, buckets 70 and 60; 8B: buckets 78 and 69. pieces: not measured yet
+Reached         on an H200, % of a copy, each row at its best block size
+
+                                              1B                       8B           bytes
+                                            text  random  padded     text  random    text
+                    row_of_table_per_block   1.5     2.2     0.3      2.9     4.3     0.9
+                    atomics                   17      18      13       18      19      15
+                    tiles                     37      46      32       50      60      31
+                    buckets                   59      72      43       69      79      39
+                    pieces                    53      74      34       65      81      23
+                    pieces_early              55      79      33       66      84      23
+                    production                26      31      16       36      42      17
+
+                1B, text: production 123 us, buckets 54, pieces_early 59; random: 152, 65, 60. buckets is the best for text and
+                padding, pieces_early for random tokens. Repeated runs differ by 1 to 6 % where a row takes less than 100 us
 Metrics         not collected yet: dram__throughput of each kernel, and the time between them
 */
 #include "bench.cuh"
