@@ -14,6 +14,7 @@ Bound by        memory: forward moves 2*N*C elements, 4*N*C with the residual ad
 Proved by       dev/test/test_ops.c (CPU against finite differences), test_llama3.cu (GPU against CPU)
 Source          Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"; Llama multiplies by w after normalising.
                 Rows that wait in registers, and blocks that keep their part of dw: as in Liger-Kernel and QuACK
+Tried           dev/cuda/rmsnorm_forward.cu, rmsnorm_backward.cu and residual_…: what lost, and by how much
 */
 #pragma once
 
@@ -68,10 +69,7 @@ static inline void rmsnorm_backward_cpu(float* dx, float* dw, const float* dy, c
 #include "gpu.cuh"
 
 // ---- GPU: what both passes use ---------------------------------------------------------------
-// Rows wait in shared memory, not in registers: each thread copies its 16 bytes of every so many into places of its own, the
-// copies run on their own (cp.async), and nobody else reads those places, so that no barrier guards them. A multiprocessor
-// then has 100 KB and more under way, several times what its share of the bandwidth needs. Held in registers, packed and
-// unpacked, the same rows leave a quarter of the threads.
+// A thread takes a few packs of 16 bytes of a row, blockDim.x packs apart.
 
 // 16 bytes from global to shared memory
 __device__ __forceinline__ void rmsnorm_copy(void* shared, const void* global) {
@@ -83,12 +81,14 @@ __device__ __forceinline__ void rmsnorm_copy(void* shared, const void* global) {
 __device__ __forceinline__ void rmsnorm_copies_end(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // until all groups of this thread but the last LEFT have arrived
-template <int LEFT> __device__ __forceinline__ void rmsnorm_copies_wait(void) {
+template <int LEFT>
+__device__ __forceinline__ void rmsnorm_copies_wait(void) {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
 // lets a kernel have so many bytes of shared memory in a block; whether the GPU has them
-template <typename Kernel> static inline bool rmsnorm_shared(Kernel kernel, int64_t bytes) {
+template <typename Kernel>
+static inline bool rmsnorm_shared(Kernel kernel, int64_t bytes) {
     int device, most;
     cuda_check(cudaGetDevice(&device));
     cuda_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
@@ -101,6 +101,27 @@ template <typename Kernel> static inline bool rmsnorm_shared(Kernel kernel, int6
 
 // threads, in whole warps, of which each takes up to `packs` times 16 bytes of a row
 static inline int rmsnorm_threads(int C, int packs) { return (int)ceil_div(C, (int64_t)packs * PACK * WARP) * WARP; }
+
+// packs of a row for each of 512 threads or fewer: 2, 4, … most; 0 when that is too few
+static inline int rmsnorm_packs(int C, int most) {
+    int packs = 2;
+    while (packs <= most && rmsnorm_threads(C, packs) > 512) packs *= 2;
+    return packs <= most ? packs : 0;
+}
+
+// Hides from the compiler what packs are, at an instruction for two numbers: else it keeps, in bf16, the floats it made of
+// them beside them, across a barrier or before a loop, in three times the registers
+template <int PACKS>
+__device__ __forceinline__ void rmsnorm_forget(PackX (&x)[PACKS]) {
+    const unsigned zero = gridDim.z - 1; // no grid here has three dimensions, which the compiler does not know
+#pragma unroll
+    for (int k = 0; k < (sizeof(floatX) == 2 ? PACKS : 0); k++) {
+        uint4 bits;
+        memcpy(&bits, &x[k], 16);
+        bits.x ^= zero, bits.y ^= zero, bits.z ^= zero, bits.w ^= zero;
+        memcpy(&x[k], &bits, 16);
+    }
+}
 
 static inline void rmsnorm_require(int C) {
     launch_require(C > 0 && C % 8 == 0, "rmsnorm", "C (hidden_size) must be a multiple of 8");
@@ -124,60 +145,85 @@ __device__ __forceinline__ PackX rmsnorm_scale(PackX x, float r, PackX w) {
     return x;
 }
 
-// RESIDUAL: sum = a + b, and x is the sum; else x is a. Block (threads, rows): the threads of a row take 16 bytes each, in
-// turn, four times or less; several rows to a block only where one warp takes a row. SHARED: the row waits in shared memory,
-// else it does not fit and is read again. mean: 1 / C. sum may be a
-template <bool RESIDUAL, bool SHARED>
-static __global__ void __launch_bounds__(1024)
-    rmsnorm_forward_kernel(floatX* sum, floatX* y, float* r, const floatX* a, const floatX* b,
-                           const floatX* __restrict__ w, int N, int C, float mean, float eps) {
-    extern __shared__ int4 rmsnorm_rows[]; // (rows, C) of a, with RESIDUAL (rows, 2, C) of a and b
+// RESIDUAL: sum = a + b, and x is the sum; else x is a. Block (threads, rows): a block to a row, whose loads are all under way
+// at once, and which waits in registers; several rows to a block only where one warp takes a row. mean: 1 / C. sum may be a
+template <bool RESIDUAL, int PACKS>
+static __global__ void __launch_bounds__(512)
+    rmsnorm_forward_kernel(floatX* sum, floatX* y, float* r, const floatX* a, const floatX* b, const floatX* w, int N,
+                           int C, float mean, float eps) {
     const int n = blockIdx.x * blockDim.y + threadIdx.y, first = threadIdx.x * PACK, step = blockDim.x * PACK;
     const size_t row = (size_t)n * C;
-    if (n >= N) return;
-    floatX* const place = (floatX*)rmsnorm_rows + (RESIDUAL ? 2 : 1) * threadIdx.y * C; // of the row in shared memory
-    const floatX *from = SHARED ? place : a + row, *add = SHARED ? place + C : b + row;
-    if (SHARED) {
-#pragma unroll 4
-        for (int c = first; c < C; c += step) {
-            rmsnorm_copy(place + c, a + row + c);
-            if (RESIDUAL) rmsnorm_copy(place + C + c, b + row + c);
-        }
-        rmsnorm_copies_end();
-        rmsnorm_copies_wait<0>();
-    }
+    PackX x[PACKS] = {}, add[PACKS];
     float squares = 0;
-#pragma unroll 2
-    for (int c = first; c < C; c += step) {
-        PackX v = pack_load(from + c);
-        if (RESIDUAL) {
-            v = rmsnorm_add(v, pack_load(add + c));
-            if (SHARED) pack_store(place + c, v);
-            pack_store(sum + row + c, v);
+    if (n >= N) return;
+#pragma unroll
+    for (int k = 0; k < PACKS; k++) {
+        const int c = first + k * step;
+        if (c >= C) continue;
+        x[k] = pack_load(a + row + c);
+        if (RESIDUAL) add[k] = pack_load(b + row + c);
+    }
+#pragma unroll
+    for (int k = 0; k < PACKS; k++) {
+        const int c = first + k * step;
+        if (RESIDUAL && c < C) {
+            x[k] = rmsnorm_add(x[k], add[k]);
+            pack_store(sum + row + c, x[k]);
         }
-        squares += rmsnorm_squares(v);
+        squares += rmsnorm_squares(x[k]);
     }
     squares = blockDim.y > 1 ? warp_sum(squares) : block_sum(squares);
     const float rn = rsqrtf(squares * mean + eps);
     if (threadIdx.x == 0) r[n] = rn;
-    if (RESIDUAL && !SHARED) from = sum + row;
+    rmsnorm_forget(x);
+#pragma unroll
+    for (int k = 0; k < PACKS; k++) {
+        const int c = first + k * step;
+        if (c < C) pack_store(y + row + c, rmsnorm_scale(x[k], rn, pack_load(w + c)));
+    }
+}
+
+// the same for rows that the registers of no block hold: they are read twice. A block to a row
+template <bool RESIDUAL>
+static __global__ void __launch_bounds__(1024)
+    rmsnorm_forward_long_kernel(floatX* sum, floatX* y, float* r, const floatX* a, const floatX* b,
+                                const floatX* __restrict__ w, int C, float mean, float eps) {
+    const int first = threadIdx.x * PACK, step = blockDim.x * PACK;
+    const size_t row = (size_t)blockIdx.x * C;
+    float squares = 0;
+#pragma unroll 2
+    for (int c = first; c < C; c += step) {
+        PackX x = pack_load(a + row + c);
+        if (RESIDUAL) {
+            x = rmsnorm_add(x, pack_load(b + row + c));
+            pack_store(sum + row + c, x);
+        }
+        squares += rmsnorm_squares(x);
+    }
+    const float rn = rsqrtf(block_sum(squares) * mean + eps);
+    const floatX* x = RESIDUAL ? sum : a;
+    if (threadIdx.x == 0) r[blockIdx.x] = rn;
 #pragma unroll 4
     for (int c = first; c < C; c += step)
-        pack_store(y + row + c, rmsnorm_scale(pack_load(from + c), rn, pack_load(w + c)));
+        pack_store(y + row + c, rmsnorm_scale(pack_load(x + row + c), rn, pack_load(w + c)));
 }
 
 template <bool RESIDUAL>
 static inline void rmsnorm_forward_any(floatX* sum, floatX* y, float* r, const floatX* a, const floatX* b,
                                        const floatX* w, int N, int C, float eps, cudaStream_t stream) {
     rmsnorm_require(C);
-    int threads = rmsnorm_threads(C, 4), rows = threads == WARP ? 4 : 1;
-    int64_t shared = (int64_t)rows * (RESIDUAL ? 2 : 1) * C * (int64_t)sizeof(floatX);
+    const int packs = rmsnorm_packs(C, 8), threads = packs ? rmsnorm_threads(C, packs) : 1024;
+    const int rows = threads == WARP ? 4 : 1;
     const float mean = 1.0f / C;
-    dim3 grid((unsigned)ceil_div(N, rows)), block((unsigned)(threads < 1024 ? threads : 1024), (unsigned)rows);
-    if (rmsnorm_shared(rmsnorm_forward_kernel<RESIDUAL, true>, shared))
-        rmsnorm_forward_kernel<RESIDUAL, true>
-            <<<grid, block, (size_t)shared, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
-    else rmsnorm_forward_kernel<RESIDUAL, false><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+    const dim3 grid((unsigned)ceil_div(N, rows)), block((unsigned)threads, (unsigned)rows);
+    if (packs == 2)
+        rmsnorm_forward_kernel<RESIDUAL, 2><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+    else if (packs == 4)
+        rmsnorm_forward_kernel<RESIDUAL, 4><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+    else if (packs == 8)
+        rmsnorm_forward_kernel<RESIDUAL, 8><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+    else
+        rmsnorm_forward_long_kernel<RESIDUAL><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, C, mean, eps);
     launch_check();
 }
 
@@ -219,11 +265,11 @@ static inline void rmsnorm_again(floatX* y, const floatX* x, const float* r, con
 
 // ---- GPU: backward ---------------------------------------------------------------------------
 // dw sums over all rows. So few blocks as the GPU runs at a time walk the rows, block b those with n % grid = b, one at a
-// time; a thread owns 16 bytes of columns and keeps their sums for dw in registers. At the end each block stores its sums,
-// and a second kernel adds those of all blocks, in order.
-// While a row is worked on, the next RMSNORM_STAGES - 1 are on their way into a ring in shared memory.
-
-enum { RMSNORM_STAGES = 3 };
+// time; a thread owns 16 bytes of columns, or a few times that, and keeps their sums for dw in registers. At the end each
+// block stores its sums, and a second kernel adds those of all blocks, in order.
+// Rows wait in a ring in shared memory, where asynchronous copies (cp.async) bring them past the registers. A thread copies to
+// places of its own, which nobody else reads, so that no barrier guards them, and refills a place as soon as it has read it
+// for the last time: even a single stage keeps memory busy.
 
 // adds x over the block, with one barrier: callers use two `sums` in turns, and who writes one again has passed the barrier
 // that everyone reached after reading it
@@ -252,54 +298,76 @@ __device__ __forceinline__ PackX rmsnorm_dx(float (&dw)[PACK], PackX x, PackX dy
     return dx;
 }
 
-// block: C / PACK threads, in whole warps; 1024 of them must fit the registers of a multiprocessor. partial (grid, C): the
-// blocks' sums for dw. mean: 1 / C. dres may be NULL; dx may be dres
-static __global__ void __launch_bounds__(1024)
+// the packs of a row that a thread may have: beside them it has as many of w, and twice or once as many registers for dw
+enum { RMSNORM_KEPT = PACK == 8 ? 4 : 8 };
+
+// partial (grid, C): the blocks' sums for dw. mean: 1 / C. dres may be NULL; dx may be dres
+template <int PACKS, int STAGES>
+static __global__ void __launch_bounds__(512, 1)
     rmsnorm_backward_kernel(floatX* dx, float* partial, const floatX* dy, const floatX* dres, const floatX* x,
                             const floatX* w, const float* r, int N, int C, float mean) {
-    extern __shared__ int4 rmsnorm_rows[]; // (stages, 3, threads): x, dy, dres
+    extern __shared__ int4 rmsnorm_rows[]; // (STAGES, 3, PACKS, threads): x, dy, dres
     __shared__ float sums[2][WARP];
-    const int c = threadIdx.x * PACK, part = blockDim.x * PACK, stage = 3 * part;
-    const int rows = (N - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x; // of this block
-    const size_t next = (size_t)gridDim.x * C; // from one of them to the one after it
-    const int lane = threadIdx.x % WARP;
-    const bool inside = c < C;
-    floatX* const ring = (floatX*)rmsnorm_rows + c;
-    for (int i = 0; i < 3 * RMSNORM_STAGES; i++) // what nobody copies is zero
-        if (!inside || (i % 3 == 2 && !dres)) pack_store(ring + i * part, PackX{});
+    const int first = threadIdx.x * PACK, step = blockDim.x * PACK, start = blockIdx.x, apart = gridDim.x;
+    const int rows = (N - start + apart - 1) / apart; // of this block
+    const size_t next = (size_t)apart * C;            // from one of them to the one after it
+    floatX* const ring = (floatX*)rmsnorm_rows + first;
 
-    auto fetch = [&](int i, floatX* to, size_t from) { // row i of the block
-        if (inside && i < rows) {
-            rmsnorm_copy(to, x + from);
-            rmsnorm_copy(to + part, dy + from);
-            if (dres) rmsnorm_copy(to + 2 * part, dres + from);
+    auto place = [&](int stage, int array, int k) { return ring + ((stage * 3 + array) * PACKS + k) * step; };
+    auto fetch = [&](int i, size_t from, int stage, int k) { // of row i of the block, which begins at `from`
+        const size_t at = from + first + k * step;
+        if (i >= rows || first + k * step >= C) return;
+        rmsnorm_copy(place(stage, 0, k), x + at);
+        rmsnorm_copy(place(stage, 1, k), dy + at);
+        if (dres) rmsnorm_copy(place(stage, 2, k), dres + at);
+    };
+    size_t row = (size_t)start * C;
+#pragma unroll
+    for (int stage = 0; stage < STAGES; stage++) {
+#pragma unroll
+        for (int k = 0; k < PACKS; k++) fetch(stage, row + stage * next, stage, k);
+        rmsnorm_copies_end();
+    }
+    PackX weight[PACKS] = {};
+    float dw[PACKS][PACK] = {}, next_r = r[start];
+#pragma unroll
+    for (int k = 0; k < PACKS; k++)
+        if (first + k * step < C) weight[k] = pack_load(w + first + k * step);
+
+    for (int i = 0, stage = 0; i < rows; i++, row += next, stage = stage + 1 < STAGES ? stage + 1 : 0) {
+        PackX xn[PACKS] = {}, dyn[PACKS] = {};
+        const float rn = next_r;
+        float dot = 0;
+        rmsnorm_forget(weight);
+        if (i + 1 < rows) next_r = r[start + (i + 1) * apart];
+        rmsnorm_copies_wait<STAGES - 1>();
+#pragma unroll
+        for (int k = 0; k < PACKS; k++) {
+            if (first + k * step >= C) continue;
+            xn[k] = pack_load(place(stage, 0, k)), dyn[k] = pack_load(place(stage, 1, k));
+            dot += rmsnorm_dot(xn[k], dyn[k], weight[k]);
+        }
+        const float scale = rmsnorm_block_sum(dot, sums[i % 2]) * mean * rn * rn * rn;
+        rmsnorm_forget(xn), rmsnorm_forget(dyn);
+#pragma unroll
+        for (int k = 0; k < PACKS; k++) {
+            PackX add = {};
+            if (first + k * step >= C) continue;
+            if (PACKS > 2)
+                xn[k] = pack_load(place(stage, 0, k)), dyn[k] = pack_load(place(stage, 1, k)); // too many to keep
+            if (dres) add = pack_load(place(stage, 2, k));
+            pack_store(dx + row + first + k * step, rmsnorm_dx(dw[k], xn[k], dyn[k], add, weight[k], rn, scale));
+            fetch(i + STAGES, row + STAGES * next, stage, k);
         }
         rmsnorm_copies_end();
-    };
-    size_t at = (size_t)blockIdx.x * C + c;
-#pragma unroll
-    for (int i = 0; i < RMSNORM_STAGES - 1; i++) fetch(i, ring + i * stage, at + i * next);
-
-    PackX weight = {};
-    if (inside) weight = pack_load(w + c);
-    float dw[PACK] = { 0 }, r_lane = 0; // r of 32 rows, one a lane
-    int now = 0;                        // the place of the ring that is read
-    for (int i = 0; i < rows; i++, at += next) {
-        const int before = now ? now - 1 : RMSNORM_STAGES - 1; // the place read before, free now
-        fetch(i + RMSNORM_STAGES - 1, ring + before * stage, at + (RMSNORM_STAGES - 1) * next);
-        if (i % WARP == 0 && i + lane < rows) r_lane = r[blockIdx.x + (i + lane) * gridDim.x];
-        rmsnorm_copies_wait<RMSNORM_STAGES - 1>();
-        const floatX* from = ring + now * stage;
-        PackX xn = pack_load(from), dyn = pack_load(from + part);
-        const float dot = rmsnorm_block_sum(rmsnorm_dot(xn, dyn, weight), sums[i % 2]);
-        const float rn = __shfl_sync(0xffffffffu, r_lane, i % WARP);
-        PackX out = rmsnorm_dx(dw, xn, dyn, pack_load(from + 2 * part), weight, rn, dot * mean * rn * rn * rn);
-        if (inside) pack_store(dx + at, out);
-        now = now + 1 < RMSNORM_STAGES ? now + 1 : 0;
     }
-    if (!inside) return;
-    float* sum = partial + (size_t)blockIdx.x * C + c;
-    for (int k = 0; k < PACK; k += 4) pack_store(sum + k, Pack<float>{ dw[k], dw[k + 1], dw[k + 2], dw[k + 3] });
+#pragma unroll
+    for (int k = 0; k < PACKS; k++) {
+        float* const sum = partial + (size_t)blockIdx.x * C + first + k * step;
+        if (first + k * step >= C) continue;
+        for (int j = 0; j < PACK; j += 4)
+            pack_store(sum + j, Pack<float>{ dw[k][j], dw[k][j + 1], dw[k][j + 2], dw[k][j + 3] });
+    }
 }
 
 // the same for rows that no block holds: the row is read twice, and the sums for dw lie in `partial` from the start
@@ -329,47 +397,77 @@ static __global__ void __launch_bounds__(1024)
     }
 }
 
-// one warp for 32 columns of every 32nd of the `blocks` rows of partial; the warps' sums are added in their order, to dw once
-static __global__ void __launch_bounds__(WARP* WARP)
-    rmsnorm_dw_kernel(floatX* dw, const float* __restrict__ partial, int blocks, int C) {
-    __shared__ float sums[WARP][WARP];
-    const int c = blockIdx.x * WARP + threadIdx.x;
+// dw += 32 columns, from `first` on, of partial (blocks, C), once all warps of the block have added up; the order depends on
+// their number alone. Each lane has 8 numbers under way at once
+__device__ __forceinline__ void rmsnorm_add_sums(floatX* dw, const float* partial, int blocks, int C, int first) {
+    __shared__ float sums[WARP][WARP + 1];
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x, warps = blockDim.x * blockDim.y / WARP;
+    const int warp = thread / WARP, lane = thread % WARP, c = first + lane;
     float sum = 0;
-    if (c < C) {
-#pragma unroll 8
-        for (int b = threadIdx.y; b < blocks; b += WARP) sum += partial[(size_t)b * C + c];
+    for (int b = warp; b < blocks; b += 8 * warps) {
+        float part[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            part[i] = c < C && b + i * warps < blocks ? __ldcg(partial + (size_t)(b + i * warps) * C + c) : 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += part[i];
     }
-    sums[threadIdx.y][threadIdx.x] = sum;
+    sums[warp][lane] = sum;
     __syncthreads();
-    if (threadIdx.y || c >= C) return;
-    for (int i = 1; i < WARP; i++) sum += sums[i][threadIdx.x];
-    dw[c] = from_float<floatX>(to_float(dw[c]) + sum);
+    for (int column = warp; column < WARP; column += warps) {
+        sum = warp_sum(lane < warps ? sums[lane][column] : 0);
+        if (lane == 0 && first + column < C)
+            dw[first + column] = from_float<floatX>(to_float(dw[first + column]) + sum);
+    }
+    __syncthreads(); // before they are written again
 }
 
-// the most blocks of the backward pass: 1024 threads a multiprocessor
+static __global__ void __launch_bounds__(1024) rmsnorm_dw_kernel(floatX* dw, const float* partial, int blocks, int C) {
+    rmsnorm_add_sums(dw, partial, blocks, C, blockIdx.x * WARP);
+}
+
+// the most blocks of the backward pass: of two packs a thread, the registers of a multiprocessor hold 640 threads; of more, and
+// of rows that no block holds, one block
 static inline int rmsnorm_backward_blocks(int C) {
-    int threads = rmsnorm_threads(C, 1);
-    return gpu_processors() * (threads < 1024 ? 1024 / threads : 1);
+    return gpu_processors() * (rmsnorm_packs(C, RMSNORM_KEPT) == 2 ? 640 / rmsnorm_threads(C, 2) : 1);
 }
 
 // bytes, to lie at a multiple of 16
 static inline size_t rmsnorm_backward_scratch(int C) { return (size_t)rmsnorm_backward_blocks(C) * C * sizeof(float); }
+
+// whether rows fit the shared memory of a block; if so, launches
+template <int PACKS, int STAGES>
+static inline bool rmsnorm_backward_fits(int blocks, floatX* dx, float* partial, const floatX* dy, const floatX* dres,
+                                         const floatX* x, const floatX* w, const float* r, int N, int C,
+                                         cudaStream_t stream) {
+    auto kernel = rmsnorm_backward_kernel<PACKS, STAGES>;
+    const int threads = rmsnorm_threads(C, PACKS);
+    const size_t shared = (size_t)STAGES * 3 * PACKS * 16 * threads;
+    if (!rmsnorm_shared(kernel, (int64_t)shared)) return false;
+    kernel<<<(unsigned)blocks, (unsigned)threads, shared, stream>>>(dx, partial, dy, dres, x, w, r, N, C, 1.0f / C);
+    return true;
+}
 
 // overwrites dx (N, C) with dres + the gradient through the norm; dres (N, C) may be NULL, and may be dx. Adds to dw (C)
 static inline void rmsnorm_backward(floatX* dx, floatX* dw, const floatX* dy, const floatX* dres, const floatX* x,
                                     const floatX* w, const float* r, int N, int C, void* scratch, cudaStream_t stream) {
     GpuOp op("rmsnorm_backward", (dres ? 4.0 : 3.0) * N * C * sizeof(floatX), 0, stream);
     rmsnorm_require(C);
-    float *partial = (float*)scratch, mean = 1.0f / C;
+    float* partial = (float*)scratch;
     // at least 8 rows to a block, or its sums would be much to move beside its rows
-    unsigned blocks = (unsigned)min(ceil_div(N, 8), (int64_t)rmsnorm_backward_blocks(C));
-    unsigned threads = (unsigned)rmsnorm_threads(C, 1);
-    size_t shared = (size_t)RMSNORM_STAGES * 3 * 16 * threads;
-    if (threads <= 1024 && rmsnorm_shared(rmsnorm_backward_kernel, (int64_t)shared))
-        rmsnorm_backward_kernel<<<blocks, threads, shared, stream>>>(dx, partial, dy, dres, x, w, r, N, C, mean);
-    else rmsnorm_backward_long_kernel<<<blocks, 1024, 0, stream>>>(dx, partial, dy, dres, x, w, r, N, C, mean);
+    const int blocks = (int)min(ceil_div(N, 8), (int64_t)rmsnorm_backward_blocks(C));
+    const int packs = rmsnorm_packs(C, RMSNORM_KEPT);
+    bool fits = false;
+    if (packs == 2) fits = rmsnorm_backward_fits<2, 3>(blocks, dx, partial, dy, dres, x, w, r, N, C, stream);
+    if (packs == 4)
+        fits = rmsnorm_backward_fits<4, 2>(blocks, dx, partial, dy, dres, x, w, r, N, C, stream) ||
+               rmsnorm_backward_fits<4, 1>(blocks, dx, partial, dy, dres, x, w, r, N, C, stream);
+    if (packs == 8) fits = rmsnorm_backward_fits<RMSNORM_KEPT, 1>(blocks, dx, partial, dy, dres, x, w, r, N, C, stream);
+    if (!fits)
+        rmsnorm_backward_long_kernel<<<(unsigned)blocks, 1024, 0, stream>>>(dx, partial, dy, dres, x, w, r, N, C,
+                                                                            1.0f / C);
     launch_check();
-    rmsnorm_dw_kernel<<<(unsigned)ceil_div(C, WARP), dim3(WARP, WARP), 0, stream>>>(dw, partial, (int)blocks, C);
+    rmsnorm_dw_kernel<<<(unsigned)ceil_div(C, WARP), 1024, 0, stream>>>(dw, partial, blocks, C);
     launch_check();
 }
 #endif

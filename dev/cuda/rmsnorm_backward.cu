@@ -24,8 +24,7 @@ enum { RESIDUAL = 1 };
 enum { RESIDUAL = 0 };
 #endif
 
-// packs of a row that a thread may have: with more, their numbers of w and dw do not fit its registers
-enum { MOST = PACK == 8 ? 4 : 8 };
+enum { MOST = RMSNORM_KEPT }; // packs of a row that a thread may have
 
 // ---- the problem -----------------------------------------------------------------------------
 
@@ -106,9 +105,24 @@ static int walking_blocks(const Problem* p, Kernel kernel, int threads, size_t s
     return (int)std::min(most, ceil_div(p->N, 8 * side_by_side));
 }
 
-// production's second kernel: dw += the sums of so many blocks, in order
+// one warp for 32 columns of every 32nd of the `blocks` rows of sums; the warps' sums are added in their order, to dw once
+static __global__ void __launch_bounds__(1024) add_sums_kernel(Problem p, int blocks) {
+    __shared__ float sums[WARP][WARP];
+    const int c = blockIdx.x * WARP + threadIdx.x;
+    float sum = 0;
+    if (c < p.C) {
+#pragma unroll 8
+        for (int b = threadIdx.y; b < blocks; b += WARP) sum += p.sums[(size_t)b * p.C + c];
+    }
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y || c >= p.C) return;
+    for (int i = 1; i < WARP; i++) sum += sums[i][threadIdx.x];
+    p.dw[c] = from_float<floatX>(to_float(p.dw[c]) + sum);
+}
+
 static void add_sums(const Problem* p, int blocks, cudaStream_t stream) {
-    rmsnorm_dw_kernel<<<(unsigned)ceil_div(p->C, WARP), dim3(WARP, WARP), 0, stream>>>(p->dw, p->sums, blocks, p->C);
+    add_sums_kernel<<<(unsigned)ceil_div(p->C, WARP), dim3(WARP, WARP), 0, stream>>>(*p, blocks);
     launch_check();
 }
 
@@ -303,7 +317,7 @@ static __global__ void __launch_bounds__(512, 1) walk_kernel(Problem p) {
     for (int n = blockIdx.x, turn = 0; n < p.N; n += gridDim.x, turn ^= 1) {
         PackX next_x[PACKS] = {}, next_dy[PACKS] = {};
         float dot = 0;
-        packs_forget(w);
+        rmsnorm_forget(w);
         if (AHEAD)
             load(next_x, p.x, n + gridDim.x), load(next_dy, p.dy, n + gridDim.x);
         else
@@ -314,7 +328,7 @@ static __global__ void __launch_bounds__(512, 1) walk_kernel(Problem p) {
 #pragma unroll
         for (int k = 0; k < PACKS; k++) dot += rmsnorm_dot(x[k], dy[k], w[k]);
         const float scale = rmsnorm_block_sum(dot, sums[turn]) * p.mean * r * r * r;
-        packs_forget(x), packs_forget(dy);
+        rmsnorm_forget(x), rmsnorm_forget(dy);
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
             const size_t at = (size_t)n * p.C + first + k * step;
@@ -376,11 +390,79 @@ static const char* keeps_two_rows(const Problem* p) {
     return rmsnorm_threads(p->C, 2) <= 512 ? NULL : "the registers of 512 threads hold no two rows";
 }
 
-// ---- ring ------------------------------------------------------------------------------------
-// idea    rows wait in shared memory, not in registers: asynchronous copies (cp.async) bring them there, each thread its own
-//         places, and refill a place as soon as it was read for the last time. So a single stage is enough for something to be
-//         under way always, and a thread may have 1, 2, 4 or 8 packs: rows of 64 KB fit a block
-// limit   several blocks to a multiprocessor leave several sums each; the second kernel is still there
+// ---- pack_each -------------------------------------------------------------------------------
+// idea    rows wait in shared memory, not in registers: asynchronous copies (cp.async) bring them to a ring of three, past the
+//         registers, each thread 16 bytes of each array to places of its own, which no barrier guards. At its top a turn asks for
+//         the row after the next, in the places that were read a turn ago
+// limit   one pack to a thread: 32 warps for each barrier, and no rows beyond 1024 packs. This was llmc/rmsnorm.h
+
+enum { TURNS = 3 };
+
+static __global__ void __launch_bounds__(1024) pack_each_kernel(Problem p) {
+    extern __shared__ int4 shared[]; // (TURNS, 3, threads): x, dy, dres
+    __shared__ float sums[2][WARP];
+    const int c = threadIdx.x * PACK, part = blockDim.x * PACK, stage = 3 * part;
+    const int rows = (p.N - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x; // of this block
+    const size_t next = (size_t)gridDim.x * p.C;
+    const int lane = threadIdx.x % WARP;
+    const bool inside = c < p.C;
+    floatX* const ring = (floatX*)shared + c;
+    for (int i = 0; i < 3 * TURNS; i++) // what nobody copies is zero
+        if (!inside || (i % 3 == 2 && !p.dres)) pack_store(ring + i * part, PackX{});
+
+    auto fetch = [&](int i, floatX* to, size_t from) { // row i of the block
+        if (inside && i < rows) {
+            rmsnorm_copy(to, p.x + from);
+            rmsnorm_copy(to + part, p.dy + from);
+            if (p.dres) rmsnorm_copy(to + 2 * part, p.dres + from);
+        }
+        rmsnorm_copies_end();
+    };
+    size_t at = (size_t)blockIdx.x * p.C + c;
+#pragma unroll
+    for (int i = 0; i < TURNS - 1; i++) fetch(i, ring + i * stage, at + i * next);
+
+    PackX w = {};
+    if (inside) w = pack_load(p.w + c);
+    float dw[PACK] = { 0 }, r_lane = 0; // r of 32 rows, one a lane
+    int now = 0;                        // the place of the ring that is read
+    for (int i = 0; i < rows; i++, at += next) {
+        const int before = now ? now - 1 : TURNS - 1; // the place read before, free now
+        fetch(i + TURNS - 1, ring + before * stage, at + (TURNS - 1) * next);
+        if (i % WARP == 0 && i + lane < rows) r_lane = p.r[blockIdx.x + (i + lane) * gridDim.x];
+        rmsnorm_copies_wait<TURNS - 1>();
+        const floatX* from = ring + now * stage;
+        PackX x = pack_load(from), dy = pack_load(from + part);
+        const float dot = rmsnorm_block_sum(rmsnorm_dot(x, dy, w), sums[i % 2]);
+        const float r = __shfl_sync(0xffffffffu, r_lane, i % WARP);
+        PackX dx = rmsnorm_dx(dw, x, dy, pack_load(from + 2 * part), w, r, dot * p.mean * r * r * r);
+        if (inside) pack_store(p.dx + at, dx);
+        now = now + 1 < TURNS ? now + 1 : 0;
+    }
+    if (!inside) return;
+    float* sum = p.sums + (size_t)blockIdx.x * p.C + c;
+    for (int k = 0; k < PACK; k += 4) pack_store(sum + k, Pack<float>{ dw[k], dw[k + 1], dw[k + 2], dw[k + 3] });
+}
+
+static void pack_each(const Problem* p, int, cudaStream_t stream) {
+    const int threads = rmsnorm_threads(p->C, 1), most = gpu_processors() * (1024 / threads);
+    const int blocks = (int)std::min<int64_t>(std::min(most, p->blocks), ceil_div(p->N, 8));
+    const size_t bytes = (size_t)TURNS * 3 * 16 * threads;
+    launch_require(rmsnorm_shared(pack_each_kernel, (int64_t)bytes), "pack_each", "3 rows fit a block");
+    pack_each_kernel<<<blocks, threads, bytes, stream>>>(*p);
+    launch_check();
+    add_sums(p, blocks, stream);
+}
+
+static const char* needs_1024_packs(const Problem* p) {
+    return rmsnorm_threads(p->C, 1) <= 1024 ? NULL : "1024 threads of a pack hold no row";
+}
+
+// ---- side_by_side ----------------------------------------------------------------------------
+// idea    production: a few packs to a thread, and each place of the ring is refilled as soon as it was read for the last time.
+//         Here one block to a multiprocessor, with several rows at a time, each with its own threads, ring and barrier. At the
+//         end it adds up over them: 132 sums in all, whatever the length of a row
+// limit   the second kernel, which has less to add, and is as long as before
 
 static __device__ unsigned rows_taken; // 0 whenever no kernel runs
 
@@ -392,31 +474,6 @@ __device__ __forceinline__ float row_sum(float x, float* sums) {
     if (lane == 0) sums[warp] = x;
     barrier_sync(1 + threadIdx.y, blockDim.x);
     return warp_sum(lane < warps ? sums[lane] : 0);
-}
-
-// dw += 32 columns of the sums of so many blocks, by all warps of this one; the order depends on their number alone. 8 numbers
-// of each lane are under way at once
-__device__ __forceinline__ void add_columns(floatX* dw, const float* partial, int blocks, int C, int first) {
-    __shared__ float part[WARP][WARP + 1];
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x, warps = blockDim.x * blockDim.y / WARP;
-    const int warp = thread / WARP, lane = thread % WARP, c = first + lane;
-    float sum = 0;
-    for (int b = warp; b < blocks; b += 8 * warps) {
-        float v[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            v[i] = c < C && b + i * warps < blocks ? __ldcg(partial + (size_t)(b + i * warps) * C + c) : 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum += v[i];
-    }
-    part[warp][lane] = sum;
-    __syncthreads();
-    for (int column = warp; column < WARP; column += warps) {
-        sum = warp_sum(lane < warps ? part[lane][column] : 0);
-        if (lane == 0 && first + column < C)
-            dw[first + column] = from_float<floatX>(to_float(dw[first + column]) + sum);
-    }
-    __syncthreads(); // before part is written again
 }
 
 // threads of a block whose registers hold so many packs each, their weights and sums
@@ -463,7 +520,7 @@ static __global__ void __launch_bounds__(ring_threads(PACKS), 1) ring_kernel(Pro
         const size_t row = (size_t)rows[0] * C;
         const float r = next_r;
         float dot = 0;
-        packs_forget(w);
+        rmsnorm_forget(w);
         if (TICKETS && threadIdx.x == 0) {
             tickets[turn][threadIdx.y] = taken;
             taken = STAGES * apart + atomicAdd(&rows_taken, 1);
@@ -478,7 +535,7 @@ static __global__ void __launch_bounds__(ring_threads(PACKS), 1) ring_kernel(Pro
         const float scale = row_sum(dot, sums[turn] + threadIdx.y * (blockDim.x / WARP)) * p.mean * r * r * r;
         if (TICKETS && blockDim.x == WARP) __syncwarp();
         const int after = TICKETS ? tickets[turn][threadIdx.y] : rows[STAGES - 1] + apart; // goes to this row's places
-        packs_forget(x), packs_forget(dy);
+        rmsnorm_forget(x), rmsnorm_forget(dy);
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
             if (first + k * step >= C) continue;
@@ -513,18 +570,18 @@ static __global__ void __launch_bounds__(ring_threads(PACKS), 1) ring_kernel(Pro
     }
     if (END != ALL_BLOCKS) return;
     cooperative_groups::this_grid().sync();
-    for (int c = blockIdx.x * WARP; c < C; c += gridDim.x * WARP) add_columns(p.dw, p.sums, gridDim.x, C, c);
+    for (int c = blockIdx.x * WARP; c < C; c += gridDim.x * WARP) rmsnorm_add_sums(p.dw, p.sums, gridDim.x, C, c);
 }
 
-// SIDE_BY_SIDE: as many rows to a block as its threads can take, else one. launch(kernel, blocks, threads, bytes of shared memory)
-template <bool SIDE_BY_SIDE, int END, bool TICKETS, typename Launch>
+// as many rows to a block as its threads can take. launch(kernel, blocks, threads, bytes of shared memory)
+template <int END, bool TICKETS, typename Launch>
 static void ring_launch(const Problem* p, int block, Launch launch) {
     int threads = row_threads(p->C, block, MOST);
     if (threads > 512 && threads * PACK < p->C) threads = 512; // more have registers for one pack
     with_packs<MOST>(p->C, threads, [&](auto packs) {
         constexpr int PACKS = decltype(packs)::value;
         const int most = threads == WARP ? 32 : 15; // 15 barriers, which a row of one warp does not need
-        const int rows = SIDE_BY_SIDE ? std::max(1, std::min(ring_threads(PACKS) / threads, most)) : 1;
+        const int rows = std::max(1, std::min(ring_threads(PACKS) / threads, most));
         const int64_t bytes = (2 + RESIDUAL) * 16 * (int64_t)PACKS * threads * rows;
         with_stages(bytes, [&](auto stages) {
             auto kernel = ring_kernel<PACKS, decltype(stages)::value, END, TICKETS>;
@@ -535,52 +592,23 @@ static void ring_launch(const Problem* p, int block, Launch launch) {
     });
 }
 
-static void ring(const Problem* p, int block, cudaStream_t stream) {
-    ring_launch<false, PARTIAL_SUMS, false>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
-        kernel<<<blocks, threads, shared, stream>>>(*p);
-        launch_check();
-        add_sums(p, blocks, stream);
-    });
-}
-
 static const char* ring_refuses(const Problem* p) {
     const int threads = rmsnorm_threads(p->C, MOST);
     if (threads > 512) return "512 threads hold no row";
     return (2 + RESIDUAL) * 16 * MOST * (int64_t)threads <= most_shared() ? NULL : "a row fits no block";
 }
 
-// ---- side_by_side ----------------------------------------------------------------------------
-// idea    one block to a multiprocessor, with several rows at a time, each with its own threads, ring and barrier. At the end it
-//         adds up over them: 132 sums in all, whatever the length of a row
-// limit   the second kernel: its launch, one load after the other from the L2, 31 additions one after the other
+// production's second kernel
+static void add_sums_at_once(const Problem* p, int blocks, cudaStream_t stream) {
+    rmsnorm_dw_kernel<<<(unsigned)ceil_div(p->C, WARP), 1024, 0, stream>>>(p->dw, p->sums, blocks, p->C);
+    launch_check();
+}
 
 static void side_by_side(const Problem* p, int block, cudaStream_t stream) {
-    ring_launch<true, PARTIAL_SUMS, false>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
+    ring_launch<PARTIAL_SUMS, false>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
         kernel<<<blocks, threads, shared, stream>>>(*p);
         launch_check();
-        add_sums(p, blocks, stream);
-    });
-}
-
-// ---- sums_at_once ----------------------------------------------------------------------------
-// idea    a second kernel that asks for all it needs at once, and adds up over its warps by shuffles
-// limit   its launch
-
-template <int END, bool TICKETS>
-static __global__ void __launch_bounds__(1024) add_columns_kernel(Problem p, int blocks) {
-#if __CUDA_ARCH__ >= 900
-    if (END == EARLY) cudaGridDependencySynchronize();
-#endif
-    if (TICKETS && blockIdx.x == 0 && threadIdx.x == 0) rows_taken = 0;
-    add_columns(p.dw, p.sums, blocks, p.C, blockIdx.x * WARP);
-}
-
-static void sums_at_once(const Problem* p, int block, cudaStream_t stream) {
-    ring_launch<true, PARTIAL_SUMS, false>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
-        kernel<<<blocks, threads, shared, stream>>>(*p);
-        launch_check();
-        add_columns_kernel<PARTIAL_SUMS, false><<<(unsigned)ceil_div(p->C, WARP), 1024, 0, stream>>>(*p, blocks);
-        launch_check();
+        add_sums_at_once(p, blocks, stream);
     });
 }
 
@@ -590,7 +618,7 @@ static void sums_at_once(const Problem* p, int block, cudaStream_t stream) {
 // limit   they must run at the same time: a cooperative launch, which waits for the whole GPU
 
 static void one_launch(const Problem* p, int block, cudaStream_t stream) {
-    ring_launch<true, ALL_BLOCKS, false>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
+    ring_launch<ALL_BLOCKS, false>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
         Problem problem = *p;
         void* arguments[] = { &problem };
         cuda_check(cudaLaunchCooperativeKernel(kernel, dim3(blocks), threads, arguments, shared, stream));
@@ -603,8 +631,15 @@ static void one_launch(const Problem* p, int block, cudaStream_t stream) {
 //         its results: no gap between the two
 // limit   blocks with fixed rows: the last one decides, wherever on the chip it runs
 
+static __global__ void __launch_bounds__(1024) early_sum_kernel(Problem p, int blocks) {
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+    rmsnorm_add_sums(p.dw, p.sums, blocks, p.C, blockIdx.x * WARP);
+}
+
 static void early_sum(const Problem* p, int block, cudaStream_t stream) {
-    ring_launch<true, EARLY, false>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
+    ring_launch<EARLY, false>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
         kernel<<<blocks, threads, shared, stream>>>(*p);
         launch_check();
         cudaLaunchAttribute early = {};
@@ -613,7 +648,7 @@ static void early_sum(const Problem* p, int block, cudaStream_t stream) {
         cudaLaunchConfig_t config = {};
         config.gridDim = dim3((unsigned)ceil_div(p->C, WARP)), config.blockDim = dim3(1024), config.stream = stream;
         config.attrs = &early, config.numAttrs = 1;
-        cuda_check(cudaLaunchKernelEx(&config, add_columns_kernel<EARLY, false>, *p, blocks));
+        cuda_check(cudaLaunchKernelEx(&config, early_sum_kernel, *p, blocks));
         launch_check();
     });
 }
@@ -625,11 +660,16 @@ static const char* early_refuses(const Problem* p) { return hopper_refuses() ? h
 //         the rows under way lie close together
 // limit   which rows a block adds up changes from run to run, and so do the bits of dw
 
+static __global__ void __launch_bounds__(1024) ticket_sum_kernel(Problem p, int blocks) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) rows_taken = 0;
+    rmsnorm_add_sums(p.dw, p.sums, blocks, p.C, blockIdx.x * WARP);
+}
+
 static void tickets(const Problem* p, int block, cudaStream_t stream) {
-    ring_launch<true, PARTIAL_SUMS, true>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
+    ring_launch<PARTIAL_SUMS, true>(p, block, [&](auto kernel, int blocks, dim3 threads, size_t shared) {
         kernel<<<blocks, threads, shared, stream>>>(*p);
         launch_check();
-        add_columns_kernel<PARTIAL_SUMS, true><<<(unsigned)ceil_div(p->C, WARP), 1024, 0, stream>>>(*p, blocks);
+        ticket_sum_kernel<<<(unsigned)ceil_div(p->C, WARP), 1024, 0, stream>>>(*p, blocks);
         launch_check();
     });
 }
@@ -685,7 +725,7 @@ static __global__ void __launch_bounds__(544, 1) producer_warp_kernel(Problem p,
         PackX x[PACKS] = {}, dy[PACKS] = {}, dres[PACKS] = {};
         const float r = next_r;
         float dot = 0;
-        packs_forget(w);
+        rmsnorm_forget(w);
         if (i + 1 < rows) next_r = p.r[start + (i + 1) * apart];
         mbarrier_wait(full + 8 * stage, turn);
 #pragma unroll
@@ -703,7 +743,7 @@ static __global__ void __launch_bounds__(544, 1) producer_warp_kernel(Problem p,
         if (lane == 0) sums[i % 2][warp] = dot;
         barrier_sync(1, threads);
         const float scale = warp_sum(lane < warps ? sums[i % 2][lane] : 0) * p.mean * r * r * r;
-        packs_forget(x), packs_forget(dy);
+        rmsnorm_forget(x), rmsnorm_forget(dy);
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
             if (first + k * step >= C) continue;
@@ -736,8 +776,7 @@ static void producer_warp(const Problem* p, int block, cudaStream_t stream) {
         const int blocks = walking_blocks(p, kernel, threads + WARP, stages * row);
         kernel<<<blocks, threads + WARP, stages * row, stream>>>(*p, stages);
         launch_check();
-        add_columns_kernel<PARTIAL_SUMS, false><<<(unsigned)ceil_div(p->C, WARP), 1024, 0, stream>>>(*p, blocks);
-        launch_check();
+        add_sums_at_once(p, blocks, stream);
     });
 }
 
@@ -793,7 +832,7 @@ static __global__ void __launch_bounds__(512, 1) cluster_kernel(Problem p, int c
         PackX x[PACKS] = {}, dy[PACKS] = {};
         const float r = next_r;
         float dot = 0;
-        packs_forget(w);
+        rmsnorm_forget(w);
         if (i + 1 < rows) next_r = p.r[start + (i + 1) * apart];
         rmsnorm_copies_wait<STAGES - 1>();
 #pragma unroll
@@ -808,7 +847,7 @@ static __global__ void __launch_bounds__(512, 1) cluster_kernel(Problem p, int c
         cluster_sync();
         const float total = warp_sum(lane < CLUSTER * warps ? sums[i % 2][lane] : 0),
                     scale = total * p.mean * r * r * r;
-        packs_forget(x), packs_forget(dy);
+        rmsnorm_forget(x), rmsnorm_forget(dy);
 #pragma unroll
         for (int k = 0; k < PACKS; k++) {
             if (first + k * step >= last) continue;
@@ -849,8 +888,7 @@ static void cluster(const Problem* p, int block, cudaStream_t stream) {
             config.gridDim = dim3(CLUSTER * clusters);
             cuda_check(cudaLaunchKernelEx(&config, kernel, *p, columns));
             launch_check();
-            add_columns_kernel<PARTIAL_SUMS, false><<<(unsigned)ceil_div(p->C, WARP), 1024, 0, stream>>>(*p, clusters);
-            launch_check();
+            add_sums_at_once(p, clusters, stream);
         });
     });
 }
@@ -876,15 +914,14 @@ static const Variant<Problem> variants[] = {
     { "partial_sums",     partial_sums,     { 128, 256, 512 },      "the blocks' sums are stored, and added in order by a second kernel", keeps_row },
     { "last_block",       last_block,       { 128, 256, 512 },      "... by the block that is done last", keeps_row },
     { "row_ahead",        row_ahead,        { 128, 256, 512 },      "partial_sums, the next row on its way to registers", keeps_two_rows },
-    { "ring",             ring,             { 128, 256, 512, 1024 },"partial_sums, rows in a ring in shared memory, refilled as it is read", ring_refuses },
-    { "side_by_side",     side_by_side,     { 128, 256, 512 },      "ring, several rows at a time in one block to a multiprocessor", ring_refuses },
-    { "sums_at_once",     sums_at_once,     { 128, 256, 512 },      "side_by_side, the second kernel loads all at once", ring_refuses },
-    { "one_launch",       one_launch,       { 128, 256, 512 },      "side_by_side, a barrier of the grid in place of the second kernel", ring_refuses },
-    { "early_sum",        early_sum,        { 128, 256, 512 },      "sums_at_once, the second kernel launched early", early_refuses },
-    { "tickets",          tickets,          { 128, 256, 512 },      "sums_at_once, rows to who is free. Not deterministic", ring_refuses },
-    { "producer_warp",    producer_warp,    { 128, 256, 512 },      "ring by bulk copies, which a warp of its own asks for", producer_refuses },
-    { "cluster",          cluster,          { 128, 256, 512 },      "ring, half a row to each of two blocks that form a cluster", cluster_refuses },
-    { "production",       production,       { 0 },                  "llmc/rmsnorm.h: one pack a thread, a ring of 3 rows, a second kernel" },
+    { "pack_each",        pack_each,        { 0 },                  "partial_sums, rows in a ring of three in shared memory (cp.async)", needs_1024_packs },
+    { "side_by_side",     side_by_side,     { 128, 192, 256, 512 }, "production, several rows at a time in one block to a multiprocessor", ring_refuses },
+    { "one_launch",       one_launch,       { 128, 192, 256, 512 }, "side_by_side, a barrier of the grid in place of the second kernel", ring_refuses },
+    { "early_sum",        early_sum,        { 128, 192, 256, 512 }, "side_by_side, the second kernel launched early", early_refuses },
+    { "tickets",          tickets,          { 128, 192, 256, 512 }, "side_by_side, rows to who is free. Not deterministic", ring_refuses },
+    { "producer_warp",    producer_warp,    { 128, 256, 512 },      "the ring by bulk copies, which a warp of its own asks for", producer_refuses },
+    { "cluster",          cluster,          { 128, 256, 512 },      "half a row to each of two blocks that form a cluster", cluster_refuses },
+    { "production",       production,       { 0 },                  "llmc/rmsnorm.h: a ring refilled as it is read, a few packs to a thread" },
 };
 // clang-format on
 

@@ -7,22 +7,6 @@ What the RMSNorm files share: how many threads take a row, and how many packs of
 
 #include "llmc/rmsnorm.h"
 
-// Hides from the compiler what packs are, at no more than an instruction for two numbers: else it keeps in registers, in bf16,
-// also the floats it made of them, across a barrier or before a loop, and they take three times the room
-__device__ __forceinline__ void pack_forget(PackX& x) {
-    if (sizeof(floatX) == 4) return;
-    const unsigned zero = gridDim.z - 1; // the grid has two dimensions at most, but the compiler does not know
-    uint4 bits;
-    memcpy(&bits, &x, 16);
-    bits.x ^= zero, bits.y ^= zero, bits.z ^= zero, bits.w ^= zero;
-    memcpy(&x, &bits, 16);
-}
-template <int PACKS>
-__device__ __forceinline__ void packs_forget(PackX (&x)[PACKS]) {
-#pragma unroll
-    for (int k = 0; k < PACKS; k++) pack_forget(x[k]);
-}
-
 // threads, in whole warps, that take a row: `block`, or as many more as hold the row with `most` packs each, or as many fewer
 // as have a pack at all
 static inline int row_threads(int C, int block, int most) {
