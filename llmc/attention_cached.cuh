@@ -330,10 +330,12 @@ static inline bool cached_ring_takes(int T, int NH, int NKV, int HD) {
 #endif
 }
 
-// bytes for attention_cached over up to `keys` rows of a cache: what the splits leave behind
+// bytes for attention_cached over up to `keys` rows of a cache: what the splits leave behind. The same on any GPU, for `info`
+// may have none
 static inline size_t attention_cached_scratch(int keys, int NH, int NKV, int HD) {
     if (!cached_ring_takes(1, NH, NKV, HD)) return 0;
-    return (size_t)NH * (size_t)cached_splits(keys, NKV) * (size_t)(HD + 2) * sizeof(float);
+    const int64_t most = ceil_div(keys, CACHED_SPLIT_KEYS), splits = most < CACHED_SPLITS ? most : (int64_t)CACHED_SPLITS;
+    return (size_t)NH * (size_t)splits * (size_t)(HD + 2) * sizeof(float);
 }
 
 // overwrites out (T, NH*HD) for the queries at positions pos .. pos+T-1, whose keys and values are in the cache already;
