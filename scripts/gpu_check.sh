@@ -7,7 +7,7 @@
 #   machine    what is there                         sanitize   memcheck, racecheck, initcheck
 #   build      programs and tests, BF16 and FP32     learn      the default run; 15M on Shakespeare in both precisions
 #   ops        each op against the CPU               time       tokens per second beside PyTorch's, of SHAPE,B,T … or all
-#   model      the model against llama3.c, PyTorch   kernels    the ops alone: dev/test/gpu/bench_*.cu
+#   model      the model against llama3.c, PyTorch
 #   program    resume, CPU and GPU, mistakes         profile    a step's kernels, and what ncu says of ours
 #   cli        black-box tests; CLI_TESTS=PATTERN    lab        dev/cuda: selftest, check, report beside the peers
 #
@@ -393,19 +393,6 @@ stage_time() {
     done
 }
 
-stage_kernels() {
-    local file arch
-    arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
-    [ "$arch" != 90 ] || arch=90a
-    make_extra
-    for file in dev/test/gpu/bench_*.cu; do
-        check time.log 150 "build: $file" nvcc -std=c++17 -O3 -lineinfo -I. -Ibuild/cuda-extra/include -Lbuild/cuda-extra/lib \
-            -gencode="arch=compute_$arch,code=sm_$arch" -Xcompiler -fopenmp -o "$work/bench" "$file" -lcublasLt -lcublas || continue
-        check time.log 120 "$file" "$work/bench"
-        show time.log . 60
-    done
-}
-
 # dev/cuda: the harness judged, each file checked, then timed beside the peers; results.jsonl comes back, from which
 # make -C dev/cuda charts makes tables and pictures anywhere. LAB_FILES="rmsnorm rope …" takes those alone, LAB_SECONDS bounds the report
 stage_lab() {
@@ -445,7 +432,7 @@ stage_profile() {
 stages="" shapes=""
 for argument in "$@"; do
     case $argument in
-        machine | build | ops | model | program | cli | sanitize | learn | time | kernels | profile | lab) stages="$stages $argument" ;;
+        machine | build | ops | model | program | cli | sanitize | learn | time | profile | lab) stages="$stages $argument" ;;
         *,*,*) shapes="$shapes $argument" ;;
         *) echo "error: no stage $argument: see the head of $0" >&2 && exit 1 ;;
     esac
