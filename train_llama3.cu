@@ -259,7 +259,7 @@ static size_t scratch_bytes(const Acts* s, const Config* c, int B, int T, bool t
     size_t most = s->capacity ? attention_cached_scratch(s->capacity, c->NH, c->NKV, c->HD)
                               : attention_scratch(s->attention, shape, training && !has_room);
     if (!training) return most;
-    size_t others[] = { embedding_backward_scratch(B * T, c->V), rmsnorm_backward_scratch(c->C) };
+    size_t others[] = { embedding_backward_scratch(B * T, c->C), rmsnorm_backward_scratch(c->C) };
     for (size_t i = 0; i < sizeof others / sizeof others[0]; i++) most = others[i] > most ? others[i] : most;
     return most;
 }

@@ -15,16 +15,20 @@ Reached         on an H200, % of a copy, each row at its best block size
                                             text  random  padded     text  random    text
                     row_of_table_per_block   1.5     2.2     0.3      2.9     4.3     0.9
                     atomics                   17      18      13       18      19      15
+                    block_per_run             26      31      16       36      42      17
                     tiles                     37      46      32       50      60      31
-                    buckets                   59      72      43       69      79      39
+                    production                61      72      43       69      79      39
                     pieces                    53      74      34       65      81      23
                     pieces_early              55      79      33       66      84      23
-                    production                26      31      16       36      42      17
 
-                1B, text: production 123 us, buckets 54, pieces_early 59; random: 152, 65, 60. buckets is the best for text and
-                padding, pieces_early for random tokens. Repeated runs differ by 1 to 6 % where a row takes less than 100 us
+                us, 1B and 8B: text: block_per_run 123 and 174, production 53 and 89, pieces_early 58 and 94; random: 152 and
+                223, 65 and 117, 60 and 111. Production was measured here, at its best tile of 8, 16 or 32 rows, before it was
+                moved: the best for text and padding; pieces_early is for random tokens. Repeated runs differ by 1 to 6 % where
+                a row takes less than 100 us
 Metrics         not collected yet: dram__throughput of each kernel, and the time between them
 */
+#include <cub/device/device_radix_sort.cuh>
+
 #include "bench.cuh"
 #include "llmc/embedding.h"
 #include "llmc/hopper.cuh"
@@ -38,15 +42,16 @@ struct Problem {
     const int32_t* ids;
     const floatX* dx;
     floatX* dw;
-    char* sort;                      // of production
+    char* scratch;                   // of production
+    char* sort;                      // see block_per_run
     float* sums;                     // (N, C), of atomics
     int32_t* owners;                 // (V), of atomics
     float* parts;                    // (2 * tiles, C): see tiles
-    int32_t *list, *sorted, *places; // (N) each: see buckets
-    int32_t* rests;                  // (N): see pieces
+    int32_t *list, *sorted, *places; // (N) each: see pieces
+    int32_t* rests;                  // (N), likewise
 };
 
-enum { TILE = 32, TILE_LEAST = 8 }; // rows of dx in their new order that one warp sums
+enum { TILE_LEAST = 8 }; // rows of dx in their new order that one warp sums, at least
 
 static const Shape shapes[] = {
     { .name = "1B, text", .N = 16384, .C = 2048, .V = 128256 },
@@ -61,7 +66,31 @@ static const Shape shapes[] = {
     { .name = "few", .small = true, .N = 1000, .C = 40, .V = 3 },
     { .name = "text", .small = true, .N = 4001, .C = 520, .V = 1000 },
     { .name = "padded text", .small = true, .N = 20000, .C = 16, .V = 5000 },
+    { .name = "many ids", .small = true, .N = 777, .C = 8, .V = 1000003 },
 };
+
+// what CUB sorts in, as one piece of memory
+struct Sort {
+    int32_t *rows, *sorted_ids, *sorted_rows; // (N) each
+    void* memory;
+    size_t memory_bytes, bytes;
+    int bits; // of an id
+};
+
+static Sort sort_carve(void* memory, int N, int V) {
+    Sort s = {};
+    const size_t part = ((size_t)N * sizeof(int32_t) + 255) / 256 * 256;
+    while (s.bits < 31 && (int64_t)1 << s.bits < V) s.bits++;
+    s.bits = s.bits ? s.bits : 1;
+    s.rows = (int32_t*)memory;
+    s.sorted_ids = (int32_t*)((char*)memory + part);
+    s.sorted_rows = (int32_t*)((char*)memory + 2 * part);
+    s.memory = (char*)memory + 3 * part;
+    cuda_check(cub::DeviceRadixSort::SortPairs(NULL, s.memory_bytes, (const int32_t*)NULL, (int32_t*)NULL,
+                                               (const int32_t*)NULL, (int32_t*)NULL, N, 0, s.bits));
+    s.bytes = 3 * part + s.memory_bytes;
+    return s;
+}
 
 static Problem setup(Bench* b, const Shape* s) {
     Problem p = {};
@@ -74,7 +103,8 @@ static Problem setup(Bench* b, const Shape* s) {
     p.ids = b->input_from("ids", ids.data(), ids.size());
     p.dx = b->input<floatX>("dx", (size_t)p.N * p.C);
     p.dw = b->in_place<floatX>("dw", (size_t)p.V * p.C, 1, p.N);
-    p.sort = b->scratch<char>(embedding_backward_scratch(p.N, p.V));
+    p.scratch = b->scratch<char>(embedding_backward_scratch(p.N, p.C));
+    p.sort = b->scratch<char>(sort_carve(NULL, p.N, p.V).bytes);
     p.sums = b->scratch<float>((size_t)p.N * p.C);
     p.owners = b->scratch<int32_t>((size_t)p.V);
     p.parts = b->scratch<float>(2 * (size_t)ceil_div(p.N, TILE_LEAST) * p.C);
@@ -196,286 +226,134 @@ static void atomics(const Problem* p, int block, cudaStream_t stream) {
     launch_check();
 }
 
-// ---- tiles -----------------------------------------------------------------------------------
-// idea    production sorts the tokens, and then a block for each token looks where a run of equal ids begins and ends, which
-//         is five look-ups in a row before the first byte of dx. Here a warp takes 32 neighbours of the new order, wherever
-//         runs begin and end, and a slice of 32 packs: one load of ids tells it all, every warp has the same work whatever
-//         the text is, and rows of dx and dw are under way in fours. A run that crosses into the next tile leaves the sums
-//         of its parts in fp32; a second, short kernel adds them up in order
-// limit   the sort: seven kernels for 16384 numbers
+// ---- block_per_run ---------------------------------------------------------------------------
+// idea    the tokens are sorted by their ids, stably, with CUB's radix sort: the rows of one token become a run of neighbours,
+//         in their old order. A block for each place of the order sums the run that begins there, if one does; a run of more
+//         than 32 rows is left to a second kernel, with 16 warps for every 32 packs of columns. Each run is added to dw once
+// limit   the sort is seven kernels for 16384 numbers. And a block looks where its run begins and ends, five look-ups in a row,
+//         before the first byte of dx
 
-enum { TILE_AHEAD = 4, TILE_THREADS = 256 };
+enum {
+    RUN_LONG = 32,  // rows of one token that one block still sums alone
+    RUN_WARPS = 16, // that sum more than those
+};
 
-// sum += the numbers of a pack. What is kept for a while stays 16 bytes: taken apart, it would fill twice the registers
-__device__ __forceinline__ void tile_add(float (&sum)[PACK], int4 bits) {
-    PackX x;
-    asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
-    memcpy(&x, &bits, 16);
-    for (int k = 0; k < PACK; k++) sum[k] += x.get(k);
+static __global__ void rows_kernel(int32_t* rows, int N) {
+    int n = blockIdx.x * blockDim.x + threadIdx.x;
+    if (n < N) rows[n] = n;
 }
 
-__device__ __forceinline__ void tile_leave(float* to, const float (&sum)[PACK]) {
-    for (int k = 0; k < PACK; k += 4) *(float4*)(to + k) = make_float4(sum[k], sum[k + 1], sum[k + 2], sum[k + 3]);
+static Sort sort_launch(const Problem* p, cudaStream_t stream) {
+    Sort s = sort_carve(p->sort, p->N, p->V);
+    rows_kernel<<<(unsigned)ceil_div(p->N, 256), 256, 0, stream>>>(s.rows, p->N);
+    launch_check();
+    cuda_check(cub::DeviceRadixSort::SortPairs(s.memory, s.memory_bytes, p->ids, s.sorted_ids, (const int32_t*)s.rows,
+                                               s.sorted_rows, p->N, 0, s.bits, stream));
+    return s;
 }
 
-// where a tile's sums lie: of its first run, when that began before it; of its last run, when that began in it and goes on
-template <typename T>
-__device__ __forceinline__ T* tile_first(T* parts, int tile, int C) {
-    return parts + (size_t)tile * 2 * C;
-}
-template <typename T>
-__device__ __forceinline__ T* tile_last(T* parts, int tile, int C) {
-    return parts + ((size_t)tile * 2 + 1) * C;
+// sum += rows first, first + step … before end of dx, at the columns that dx points to; four loads are under way at once
+__device__ __forceinline__ void run_sum_rows(float (&sum)[PACK], const floatX* __restrict__ dx,
+                                                   const int32_t* __restrict__ rows, int first, int end, int step,
+                                                   int C) {
+    enum { AHEAD = 4 };
+    for (; first < end; first += AHEAD * step) {
+        PackX d[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            if (first + j * step < end) d[j] = pack_load_once(dx + (size_t)rows[first + j * step] * C);
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++)
+            if (first + j * step < end)
+                for (int k = 0; k < PACK; k++) sum[k] += d[j].get(k);
+    }
 }
 
-// ids (N) sorted, places (N): where each stood; not __restrict__, or they might be read before the wait. `rows` of them, at
-// most 32, are a tile
-static __global__ void __launch_bounds__(TILE_THREADS, 4)
-    tiles_kernel(floatX* dw, float* parts, const floatX* __restrict__ dx, const int32_t* ids, const int32_t* places,
-                 int rows, int N, int C) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); // see pieces_early
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-    const int lane = threadIdx.x % WARP, slices = (C + WARP * PACK - 1) / (WARP * PACK);
-    const int item = (blockIdx.x * TILE_THREADS + threadIdx.x) / WARP, tile = item / slices;
-    const int start = tile * rows, c = (item % slices * WARP + lane) * PACK;
-    if (start >= N) return;
-    const int count = min(rows, N - start);
-    const int id = lane < count ? ids[start + lane] : -1, place = lane < count ? places[start + lane] : 0;
-    const int before = start ? ids[start - 1] : -1, after = start + count < N ? ids[start + count] : -1;
-    int next = __shfl_down_sync(0xffffffffu, id, 1);
-    if (lane == count - 1) next = after;
-    const unsigned ends = __ballot_sync(0xffffffffu, lane < count && next != id); // runs end here
-    const int foreign = before == __shfl_sync(0xffffffffu, id, 0) ? (ends ? __ffs((int)ends) - 1 : count) : -1;
-    // up to row `foreign`, the run is one that began before
+__device__ __forceinline__ void run_add_sum(floatX* dw, const float (&sum)[PACK]) {
+    PackX d = pack_load(dw);
+    for (int k = 0; k < PACK; k++) d.set(k, d.get(k) + sum[k]);
+    pack_store(dw, d);
+}
+
+// the first place from first on, and before last, whose id is at least `id`; last if there is none
+__device__ __forceinline__ int lower_bound(const int32_t* ids, int first, int last, int id) {
+    while (first < last) {
+        int middle = first + (last - first) / 2;
+        if (ids[middle] < id) first = middle + 1;
+        else last = middle;
+    }
+    return first;
+}
+
+// ids (N) sorted, rows (N): where each stood. Block i sums the run that begins at i, if one does and it is short; a thread
+// owns 16 bytes of columns
+static __global__ void __launch_bounds__(256)
+    short_runs_kernel(floatX* dw, const floatX* __restrict__ dx, const int32_t* __restrict__ ids,
+                                const int32_t* __restrict__ rows, int N, int C) {
+    int first = blockIdx.x, id = ids[first];
+    if (first && ids[first - 1] == id) return;
+    if (N - first > RUN_LONG && ids[first + RUN_LONG] == id) return;
+    int end = lower_bound(ids, first, min(first + RUN_LONG, N), id + 1);
+    for (int c = threadIdx.x * PACK; c < C; c += blockDim.x * PACK) {
+        float sum[PACK] = { 0 };
+        run_sum_rows(sum, dx + c, rows, first, end, 1, C);
+        run_add_sum(dw + (size_t)id * C + c, sum);
+    }
+}
+
+// A long run crosses a multiple of RUN_LONG: block (i, j) sums the run whose first such place is number i, over
+// columns j*32 packs and on. Its warps take every 16th row; their sums are added in the order of the warps
+static __global__ void __launch_bounds__(RUN_WARPS* WARP)
+    long_runs_kernel(floatX* dw, const floatX* __restrict__ dx, const int32_t* __restrict__ ids,
+                               const int32_t* __restrict__ rows, int N, int C) {
+    __shared__ float sums[RUN_WARPS][PACK][WARP];
+    int place = blockIdx.x * RUN_LONG, id = ids[place], lane = threadIdx.x, warp = threadIdx.y;
+    if (place && ids[place - RUN_LONG] == id) return;
+    int first = lower_bound(ids, max(place - RUN_LONG, 0), place, id);
+    if (N - first <= RUN_LONG || ids[first + RUN_LONG] != id) return;
+    int end = lower_bound(ids, place, N, id + 1), c = (blockIdx.y * WARP + lane) * PACK;
 
     float sum[PACK] = { 0 };
-    for (int j = 0; j < count; j += TILE_AHEAD) {
-        int4 d[TILE_AHEAD], w[TILE_AHEAD];
-#pragma unroll
-        for (int i = 0; i < TILE_AHEAD; i++) {
-            const int n = __shfl_sync(0xffffffffu, place, (j + i) % WARP),
-                      v = __shfl_sync(0xffffffffu, id, (j + i) % WARP);
-            if (j + i >= count || c >= C) continue;
-            d[i] = __ldcs((const int4*)(dx + (size_t)n * C + c));
-            if ((ends >> (j + i) & 1) && j + i != foreign) w[i] = *(const int4*)(dw + (size_t)v * C + c);
-        }
-#pragma unroll
-        for (int i = 0; i < TILE_AHEAD; i++) {
-            const int v = __shfl_sync(0xffffffffu, id, (j + i) % WARP);
-            if (j + i >= count || c >= C) continue;
-            tile_add(sum, d[i]);
-            if (!(ends >> (j + i) & 1)) continue;
-            if (j + i == foreign) {
-                tile_leave(tile_first(parts, tile, C) + c, sum);
-            } else {
-                PackX whole;
-                tile_add(sum, w[i]);
-                for (int k = 0; k < PACK; k++) whole.set(k, sum[k]);
-                pack_store(dw + (size_t)v * C + c, whole);
-            }
-            for (int k = 0; k < PACK; k++) sum[k] = 0;
-        }
-    }
-    if ((ends >> (count - 1) & 1) || c >= C) return;
-    tile_leave((foreign == count ? tile_first(parts, tile, C) : tile_last(parts, tile, C)) + c, sum);
-}
-
-// Block (i, j): the run that begins in tile i and goes on behind it, if there is one, in the columns of slice j. Each warp
-// adds the parts of every 8th tile; their sums are added in the order of the warps
-static __global__ void __launch_bounds__(TILE_THREADS)
-    tile_seams_kernel(floatX* dw, const float* parts, const int32_t* ids, int rows, int N, int C) {
-    enum { WARPS = TILE_THREADS / WARP };
-    __shared__ float sums[WARPS][PACK][WARP];
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-    const int tile = blockIdx.x, end = (tile + 1) * rows, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int c = (blockIdx.y * WARP + lane) * PACK;
-    if (end >= N) return;
-    const int id = ids[end - 1];
-    if (ids[end] != id || (tile && ids[tile * rows] == id && ids[tile * rows - 1] == id)) return;
-    // parts of the run: number 0 lies in this tile, number i at the beginning of tile + i
-    int number = 1;
-    for (unsigned mask = ~0u; mask == ~0u;) {
-        const int64_t place = (int64_t)(tile + number + lane) * rows;
-        mask = __ballot_sync(0xffffffffu, place < N && ids[place] == id);
-        number += mask == ~0u ? WARP : __ffs((int)~mask) - 1;
-    }
-    float sum[PACK] = { 0 };
-#pragma unroll 4
-    for (int i = warp; i < number; i += WARPS) {
-        const float* part = (i ? tile_first(parts, tile + i, C) : tile_last(parts, tile, C)) + c;
-        for (int k = 0; k < PACK && c < C; k += 4) {
-            const float4 x = *(const float4*)(part + k);
-            sum[k] += x.x, sum[k + 1] += x.y, sum[k + 2] += x.z, sum[k + 3] += x.w;
-        }
-    }
+    if (c < C) run_sum_rows(sum, dx + c, rows, first + warp, end, RUN_WARPS, C);
     for (int k = 0; k < PACK; k++) sums[warp][k][lane] = sum[k];
     __syncthreads();
     if (warp || c >= C) return;
-    PackX w = pack_load(dw + (size_t)id * C + c);
-    for (int i = 1; i < WARPS; i++)
+    for (int i = 1; i < RUN_WARPS; i++)
         for (int k = 0; k < PACK; k++) sum[k] += sums[i][k][lane];
-    for (int k = 0; k < PACK; k++) w.set(k, w.get(k) + sum[k]);
-    pack_store(dw + (size_t)id * C + c, w);
+    run_add_sum(dw + (size_t)id * C + c, sum);
 }
 
-// early: a kernel starts while the one before it ends
-static void tiles_launch(const Problem* p, const int32_t* ids, const int32_t* places, int rows, bool early,
-                         cudaStream_t stream) {
-    const int64_t tiles = ceil_div(p->N, rows), slices = ceil_div(p->C, WARP * PACK);
-    cudaLaunchAttribute overlap;
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)ceil_div(tiles * slices, TILE_THREADS / WARP));
-    config.blockDim = dim3(TILE_THREADS);
-    config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = early;
-    cuda_check(cudaLaunchKernelEx(&config, tiles_kernel, p->dw, p->parts, p->dx, ids, places, rows, p->N, p->C));
+static void block_per_run(const Problem* p, int, cudaStream_t stream) {
+    const Sort s = sort_launch(p, stream);
+    const int threads = p->C / PACK < 256 ? (int)ceil_div(p->C / PACK, WARP) * WARP : 256;
+    short_runs_kernel<<<(unsigned)p->N, (unsigned)threads, 0, stream>>>(p->dw, p->dx, s.sorted_ids, s.sorted_rows, p->N, p->C);
     launch_check();
-    config.gridDim = dim3((unsigned)tiles, (unsigned)slices);
-    cuda_check(cudaLaunchKernelEx(&config, tile_seams_kernel, p->dw, p->parts, ids, rows, p->N, p->C));
+    const dim3 grid((unsigned)ceil_div(p->N, RUN_LONG), (unsigned)ceil_div(p->C, WARP * PACK)), block(WARP, RUN_WARPS);
+    long_runs_kernel<<<grid, block, 0, stream>>>(p->dw, p->dx, s.sorted_ids, s.sorted_rows, p->N, p->C);
     launch_check();
 }
+
+// ---- tiles -----------------------------------------------------------------------------------
+// idea    no look-ups: a warp takes up to 32 neighbours of the new order, wherever runs begin and end, and a slice of 32 packs.
+//         One load of ids tells it all, every warp has the same work whatever the text is, and rows of dx and dw are under way
+//         in fours. A run that crosses into the next tile leaves the sums of its parts in fp32; a second, short kernel adds
+//         them up in order. Its kernels ship: llmc/embedding.h
+// limit   the sort
 
 static void tiles(const Problem* p, int rows, cudaStream_t stream) {
-    EmbeddingScratch s = embedding_scratch(p->sort, p->N, p->V);
-    embedding_rows_kernel<<<(unsigned)ceil_div(p->N, 256), 256, 0, stream>>>(s.rows, p->N);
-    launch_check();
-    cuda_check(cub::DeviceRadixSort::SortPairs(s.sort, s.sort_bytes, p->ids, s.sorted_ids, (const int32_t*)s.rows,
-                                               s.sorted_rows, p->N, 0, s.bits, stream));
-    tiles_launch(p, s.sorted_ids, s.sorted_rows, rows, false, stream);
+    const Sort s = sort_launch(p, stream);
+    embedding_add_tiles(p->dw, p->parts, p->dx, s.sorted_ids, s.sorted_rows, p->N, p->C, rows, stream);
 }
 
-// ---- buckets ---------------------------------------------------------------------------------
+// ---- production ------------------------------------------------------------------------------
 // idea    one kernel puts the tokens in order, and no block waits for another: each of 128 blocks looks through all ids, 64
 //         KB that lie in L2, and takes those that leave its number as the rest of a division by 128. How many leave a lower
 //         one it counts on the way: there its part of the order begins. Within the part it counts each id, and a warp gives
-//         the tokens their places, in their old order
-// limit   a warp walks through rows of which it takes 512 bytes, and 32 of those one after another
+//         the tokens their places, in their old order. Then tiles, of 16 rows
+// limit   a warp walks through rows of which it takes 512 bytes, one after another. Three launches of a few microseconds each
 
-enum { BUCKETS = 128, BUCKET_THREADS = 1024, BUCKET_LIST = 4096, BUCKET_HELD = 16, BUCKET_AT_ONCE = 4, PIECE = 32 };
-
-// Block b sorts the tokens whose id leaves the rest b: sorted (N) are the ids, places (N) where each stood. rests (N): of
-// each PIECE-th token of an id the number of those that follow, itself counted, negative where the id has more than PIECE
-// tokens; 0 of the others. list (N) is used when a bucket has more tokens than fit in shared memory
-static __global__ void __launch_bounds__(BUCKET_THREADS)
-    buckets_kernel(int32_t* sorted, int32_t* places, int32_t* rests, int32_t* list, const int32_t* __restrict__ ids,
-                   int N, int V) {
-    enum { WARPS = BUCKET_THREADS / WARP };
-    extern __shared__ int counters[];
-    __shared__ int found[WARPS], lower[WARPS], totals[WARPS];
-    __shared__ int32_t near[BUCKET_LIST];
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, bucket = blockIdx.x;
-    const int kinds = (V + BUCKETS - 1) / BUCKETS;
-    int *next = counters,
-        *begin = counters + kinds; // of each id of the bucket: where its next token goes; where its run begins
-    const unsigned below = (1u << lane) - 1;
-    // a warp looks through a stretch of its own, and keeps the first ids of it
-    const int stretch = (N + BUCKET_THREADS - 1) / BUCKET_THREADS * WARP, start = warp * stretch;
-    const int end = min(start + stretch, N);
-    int32_t held[BUCKET_HELD];
-#pragma unroll
-    for (int i = 0; i < BUCKET_HELD; i++) held[i] = start + i * WARP + lane < end ? ids[start + i * WARP + lane] : -1;
-    for (int i = threadIdx.x; i < kinds; i += BUCKET_THREADS) next[i] = 0;
-    int mine = 0, less = 0;
-#pragma unroll
-    for (int i = 0; i < BUCKET_HELD; i++) {
-        const int rest = held[i] % BUCKETS; // of -1 it is -1
-        mine += rest == bucket, less += (unsigned)rest < (unsigned)bucket;
-    }
-    for (int n = start + BUCKET_HELD * WARP + lane; n < end; n += WARP) {
-        const int rest = ids[n] % BUCKETS;
-        mine += rest == bucket, less += rest < bucket;
-    }
-    mine = __reduce_add_sync(0xffffffffu, mine), less = __reduce_add_sync(0xffffffffu, less);
-    if (lane == 0) found[warp] = mine, lower[warp] = less;
-    __syncthreads();
-    const int number = __reduce_add_sync(0xffffffffu, found[lane]); // tokens of the bucket
-    const int first = __reduce_add_sync(0xffffffffu, lower[lane]);  // before them in the new order
-    int at = __reduce_add_sync(0xffffffffu, lane < warp ? found[lane] : 0);
-    int32_t* tokens = number <= BUCKET_LIST ? near : list + first;
-    const auto keep = [&](int n, int id) {
-        const bool here = id % BUCKETS == bucket;
-        const unsigned mask = __ballot_sync(0xffffffffu, here);
-        if (here) {
-            tokens[at + __popc(mask & below)] = n;
-            atomicAdd(&next[id / BUCKETS], 1);
-        }
-        at += __popc(mask);
-    };
-#pragma unroll
-    for (int i = 0; i < BUCKET_HELD; i++) keep(start + i * WARP + lane, held[i]);
-    for (int n = start + BUCKET_HELD * WARP; n < end; n += WARP) keep(n + lane, n + lane < end ? ids[n + lane] : -1);
-    __syncthreads();
-    // the counts become sums of those before
-    for (int from = 0, base = 0; from < kinds; from += BUCKET_THREADS) {
-        const int i = from + threadIdx.x, count = i < kinds ? next[i] : 0;
-        int sum = count;
-        for (int offset = 1; offset < WARP; offset *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, sum, offset);
-            if (lane >= offset) sum += other;
-        }
-        if (lane == WARP - 1) totals[warp] = sum;
-        __syncthreads();
-        const int total = totals[lane];
-        sum += base + __reduce_add_sync(0xffffffffu, lane < warp ? total : 0);
-        base += __reduce_add_sync(0xffffffffu, total);
-        if (i < kinds) next[i] = begin[i] = sum - count;
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) begin[kinds] = number;
-    if (warp) return;
-    __syncwarp();
-    for (int from = 0; from < number; from += BUCKET_AT_ONCE * WARP) {
-        int token[BUCKET_AT_ONCE], id[BUCKET_AT_ONCE];
-        unsigned same[BUCKET_AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < BUCKET_AT_ONCE; i++) {
-            const int n = from + i * WARP + lane;
-            token[i] = n < number ? tokens[n] : -1;
-        }
-#pragma unroll
-        for (int i = 0; i < BUCKET_AT_ONCE; i++) id[i] = token[i] < 0 ? -1 : ids[token[i]];
-#pragma unroll
-        for (int i = 0; i < BUCKET_AT_ONCE; i++) same[i] = __match_any_sync(0xffffffffu, id[i]);
-#pragma unroll
-        for (int i = 0; i < BUCKET_AT_ONCE; i++) {
-            const int kind = id[i] < 0 ? 0 : id[i] / BUCKETS, place = next[kind];
-            __syncwarp();
-            if (id[i] >= 0) {
-                const int to = place + __popc(same[i] & below), run = begin[kind], length = begin[kind + 1] - run;
-                const int left = (to - run) % PIECE ? 0 : length - (to - run);
-                sorted[first + to] = id[i], places[first + to] = token[i];
-                rests[first + to] = length > PIECE ? -left : left;
-                if (!(same[i] & below)) next[kind] = place + __popc(same[i]);
-            }
-            __syncwarp();
-        }
-    }
-}
-
-static void buckets_sort(const Problem* p, cudaStream_t stream) {
-    const size_t bytes = (2 * (size_t)ceil_div(p->V, BUCKETS) + 1) * sizeof(int);
-    buckets_kernel<<<BUCKETS, BUCKET_THREADS, bytes, stream>>>(p->sorted, p->places, p->rests, p->list, p->ids, p->N,
-                                                               p->V);
-    launch_check();
-}
-
-static void buckets(const Problem* p, int rows, cudaStream_t stream) {
-    buckets_sort(p, stream);
-    tiles_launch(p, p->sorted, p->places, rows, false, stream);
-}
-
-static const char* buckets_refuses(const Problem* p) {
-    return p->V > 3500 * BUCKETS ? "the counts of a bucket do not fit in shared memory" : NULL;
+static void production(const Problem* p, int, cudaStream_t stream) {
+    embedding_backward(p->dw, p->dx, p->ids, p->N, p->C, p->V, p->scratch, stream);
 }
 
 // ---- pieces ----------------------------------------------------------------------------------
@@ -485,7 +363,22 @@ static const char* buckets_refuses(const Problem* p) {
 //         which has 1024 threads for them, a quarter of the pieces each
 // limit   three launches of a few microseconds each, in which little else happens
 
-enum { PIECE_THREADS = 256, PIECE_AHEAD = 4, SEAM_GROUPS = 4 };
+enum { PIECE = 32, PIECE_THREADS = 256, PIECE_AHEAD = 4, SEAM_GROUPS = 4 };
+
+// production's order, and rests (N): of each PIECE-th token of an id the number of those that follow, itself counted, negative
+// where the id has more than PIECE tokens; 0 of the others
+static __global__ void __launch_bounds__(EMBEDDING_BUCKET_THREADS)
+    pieces_order_kernel(int32_t* sorted, int32_t* places, int32_t* rests, int32_t* list, const int32_t* __restrict__ ids,
+                        int N, int V, int bits) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); // see pieces_early
+#endif
+    embedding_bucket(list, ids, N, V, bits, [=](int to, int id, int n, int i, int length) {
+        const int left = i % PIECE ? 0 : length - i;
+        sorted[to] = id, places[to] = n;
+        rests[to] = length > PIECE ? -left : left;
+    });
+}
 
 // where the sum of a piece lies whose run has several; `first`: it is the first of them. Pieces of one run begin PIECE apart,
 // and so do runs that have several: no two share a place
@@ -493,7 +386,8 @@ __device__ __forceinline__ float* piece_sum(float* parts, int start, bool first,
     return parts + (size_t)(start / PIECE * 2 + first) * C;
 }
 
-// block (i, j): pieces that begin at i, i + blocks …, in the columns of slice j. Not __restrict__: see tiles_kernel
+// block (i, j): pieces that begin at i, i + blocks …, in the columns of slice j. ids, places and rests are not
+// __restrict__, or they might be read before the wait
 static __global__ void __launch_bounds__(PIECE_THREADS, 5)
     pieces_kernel(floatX* dw, float* parts, const floatX* __restrict__ dx, const int32_t* ids, const int32_t* places,
                   const int32_t* rests, int N, int C) {
@@ -522,19 +416,19 @@ static __global__ void __launch_bounds__(PIECE_THREADS, 5)
                     more[i] = int4{};
                     if (j + i < count && inside) more[i] = __ldcs((const int4*)(dx + (size_t)n * C + c));
                 }
-                tile_add(sum, d);
+                embedding_add_pack(sum, d);
                 d = int4{};
 #pragma unroll
-                for (int i = 0; i < PIECE_AHEAD; i++) tile_add(sum, more[i]);
+                for (int i = 0; i < PIECE_AHEAD; i++) embedding_add_pack(sum, more[i]);
             }
-            tile_add(sum, d);
+            embedding_add_pack(sum, d);
             if (rest > 0 && inside) {
                 PackX whole;
-                tile_add(sum, w);
+                embedding_add_pack(sum, w);
                 for (int k = 0; k < PACK; k++) whole.set(k, sum[k]);
                 pack_store(dw + (size_t)id * C + c, whole);
             } else if (inside) {
-                tile_leave(piece_sum(parts, start, start == 0 || ids[start - 1] != id, C) + c, sum);
+                embedding_leave(piece_sum(parts, start, start == 0 || ids[start - 1] != id, C) + c, sum);
             }
         }
         start = next, rest = next_rest, id = next_id, place = next_place;
@@ -587,7 +481,10 @@ static void pieces_launch(const Problem* p, int share, bool early, cudaStream_t 
     config.stream = stream;
     config.attrs = &overlap;
     config.numAttrs = early;
-    buckets_sort(p, stream);
+    const int bits = embedding_bucket_bits(p->V);
+    pieces_order_kernel<<<1u << bits, EMBEDDING_BUCKET_THREADS, embedding_bucket_bytes(p->V), stream>>>(
+        p->sorted, p->places, p->rests, p->list, p->ids, p->N, p->V, bits);
+    launch_check();
     cuda_check(cudaLaunchKernelEx(&config, pieces_kernel, p->dw, p->parts, p->dx, (const int32_t*)p->sorted,
                                   (const int32_t*)p->places, (const int32_t*)p->rests, p->N, p->C));
     launch_check();
@@ -607,26 +504,20 @@ static void pieces(const Problem* p, int share, cudaStream_t stream) { pieces_la
 
 static void pieces_early(const Problem* p, int share, cudaStream_t stream) { pieces_launch(p, share, true, stream); }
 
-static const char* pieces_early_refuses(const Problem* p) {
-    return hopper_refuses() ? hopper_refuses() : buckets_refuses(p);
-}
+static const char* pieces_early_refuses(const Problem*) { return hopper_refuses(); }
 
 // ---- the table: to add a variant, write it above and add one row ------------------------------
-
-static void production(const Problem* p, int, cudaStream_t stream) {
-    embedding_backward(p->dw, p->dx, p->ids, p->N, p->C, p->V, p->sort, stream);
-}
 
 // clang-format off
 static const Variant<Problem> variants[] = {
 //    name                       launch                   rows of a tile, blocks    what changed
     { "row_of_table_per_block",  row_of_table_per_block,  { 0 },                    "baseline: the sum as the formula has it", row_of_table_refuses },
     { "atomics",                 atomics,                 { 128, 256 },             "each token adds at once; not deterministic" },
-    { "tiles",                   tiles,                   { 8, 16, 32 },            "sorted, then equal work for each warp" },
-    { "buckets",                 buckets,                 { 8, 16, 32 },            "the order in one kernel", buckets_refuses },
-    { "pieces",                  pieces,                  { 4, 5, 8 },              "whole rows, nothing looked up on the way", buckets_refuses },
+    { "block_per_run",           block_per_run,           { 0 },                    "sorted, then a block for each run" },
+    { "tiles",                   tiles,                   { 8, 16, 32 },            "equal work for each warp" },
+    { "production",              production,              { 0 },                    "llmc/embedding.h: the order in one kernel" },
+    { "pieces",                  pieces,                  { 4, 5, 8 },              "whole rows, nothing looked up on the way" },
     { "pieces_early",            pieces_early,            { 4, 5, 8 },              "launches overlap", pieces_early_refuses },
-    { "production",              production,              { 0 },                    "llmc/embedding.h: sorted, a block for each run" },
 };
 // clang-format on
 BENCH_MAIN("embedding_backward", shapes, setup, reference, rows, traffic, flops, variants)

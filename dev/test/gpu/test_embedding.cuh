@@ -10,7 +10,7 @@ static void embedding_ids(const char* name, const int32_t* ids, int N, int C, in
     GpuInts tokens = gpu_upload_ints(ids, N);
     GpuArray w = gpu_random(nw, 1, 1), dx = gpu_random(nx, 2, 1), x = gpu_poison(nx);
     GpuArray dw = gpu_random(nw, 3, 1), again = gpu_upload(dw.host, nw);
-    GpuBytes scratch = gpu_scratch(embedding_backward_scratch(N, V));
+    GpuBytes scratch = gpu_scratch(embedding_backward_scratch(N, C));
     float* want = (float*)allocate(nx, sizeof *want);
     embedding_forward_cpu(want, ids, Tensor{ w.host, DTYPE_F32 }, N, C);
     embedding_backward_cpu(dw.host, dx.host, ids, N, C);
@@ -59,7 +59,7 @@ static void embedding_large(void) {
     const size_t last = (size_t)(V - 1) * C;
     if (gpu_reduced || !gpu_has_room("embedding beyond 2^31", (size_t)V * C * sizeof(floatX))) return;
     GpuInts tokens = gpu_upload_ints(ids, N);
-    GpuBytes scratch = gpu_scratch(embedding_backward_scratch(N, V));
+    GpuBytes scratch = gpu_scratch(embedding_backward_scratch(N, C));
     GpuArray w = gpu_poison((size_t)V * C), row = gpu_random(C, 1, 1), dx = gpu_random(N * C, 2, 1), x = gpu_poison(N * C);
     cuda_check(cudaMemcpy(w.x + last, row.x, C * sizeof(floatX), cudaMemcpyDeviceToDevice));
     embedding_forward(x.x, tokens.x, w.x, N, C, 0);
