@@ -254,8 +254,7 @@ static Sort sort_launch(const Problem* p, cudaStream_t stream) {
 
 // sum += rows first, first + step … before end of dx, at the columns that dx points to; four loads are under way at once
 __device__ __forceinline__ void run_sum_rows(float (&sum)[PACK], const floatX* __restrict__ dx,
-                                                   const int32_t* __restrict__ rows, int first, int end, int step,
-                                                   int C) {
+                                             const int32_t* __restrict__ rows, int first, int end, int step, int C) {
     enum { AHEAD = 4 };
     for (; first < end; first += AHEAD * step) {
         PackX d[AHEAD];
@@ -289,7 +288,7 @@ __device__ __forceinline__ int lower_bound(const int32_t* ids, int first, int la
 // owns 16 bytes of columns
 static __global__ void __launch_bounds__(256)
     short_runs_kernel(floatX* dw, const floatX* __restrict__ dx, const int32_t* __restrict__ ids,
-                                const int32_t* __restrict__ rows, int N, int C) {
+                      const int32_t* __restrict__ rows, int N, int C) {
     int first = blockIdx.x, id = ids[first];
     if (first && ids[first - 1] == id) return;
     if (N - first > RUN_LONG && ids[first + RUN_LONG] == id) return;
@@ -305,7 +304,7 @@ static __global__ void __launch_bounds__(256)
 // columns j*32 packs and on. Its warps take every 16th row; their sums are added in the order of the warps
 static __global__ void __launch_bounds__(RUN_WARPS* WARP)
     long_runs_kernel(floatX* dw, const floatX* __restrict__ dx, const int32_t* __restrict__ ids,
-                               const int32_t* __restrict__ rows, int N, int C) {
+                     const int32_t* __restrict__ rows, int N, int C) {
     __shared__ float sums[RUN_WARPS][PACK][WARP];
     int place = blockIdx.x * RUN_LONG, id = ids[place], lane = threadIdx.x, warp = threadIdx.y;
     if (place && ids[place - RUN_LONG] == id) return;
@@ -510,14 +509,15 @@ static const char* pieces_early_refuses(const Problem*) { return hopper_refuses(
 
 // clang-format off
 static const Variant<Problem> variants[] = {
-//    name                       launch                   rows of a tile, blocks    what changed
-    { "row_of_table_per_block",  row_of_table_per_block,  { 0 },                    "baseline: the sum as the formula has it", row_of_table_refuses },
-    { "atomics",                 atomics,                 { 128, 256 },             "each token adds at once; not deterministic" },
-    { "block_per_run",           block_per_run,           { 0 },                    "sorted, then a block for each run" },
-    { "tiles",                   tiles,                   { 8, 16, 32 },            "equal work for each warp" },
-    { "production",              production,              { 0 },                    "llmc/embedding.h: the order in one kernel" },
-    { "pieces",                  pieces,                  { 4, 5, 8 },              "whole rows, nothing looked up on the way" },
-    { "pieces_early",            pieces_early,            { 4, 5, 8 },              "launches overlap", pieces_early_refuses },
+//    name                       launch                   rows of a tile, blockswhat changed
+    { "row_of_table_per_block",  row_of_table_per_block,  { 0 },                "baseline: the sum as the formula has it",
+                                                                                      row_of_table_refuses },
+    { "atomics",                 atomics,                 { 128, 256 },         "each token adds at once; not deterministic" },
+    { "block_per_run",           block_per_run,           { 0 },                "sorted, then a block for each run" },
+    { "tiles",                   tiles,                   { 8, 16, 32 },        "equal work for each warp" },
+    { "production",              production,              { 0 },                "llmc/embedding.h: the order in one kernel" },
+    { "pieces",                  pieces,                  { 4, 5, 8 },          "whole rows, nothing looked up on the way" },
+    { "pieces_early",            pieces_early,            { 4, 5, 8 },          "launches overlap", pieces_early_refuses },
 };
 // clang-format on
 BENCH_MAIN("embedding_backward", shapes, setup, reference, rows, traffic, flops, variants)

@@ -38,6 +38,14 @@ static void embedding_random(const char* name, int N, int C, int V, bool skewed)
     free(ids);
 }
 
+// N times the token V - 1, as in padding
+static void embedding_same(const char* name, int N, int C, int V) {
+    int32_t* ids = (int32_t*)allocate(N, sizeof *ids);
+    for (int n = 0; n < N; n++) ids[n] = V - 1;
+    embedding_ids(name, ids, N, C, V);
+    free(ids);
+}
+
 // tokens that occur 1, 2, 31, 32, 33, 63, 64, 65, 100 and 1000 times, shuffled
 static void embedding_runs(int C) {
     const int counts[] = { 1, 2, 31, 32, 33, 63, 64, 65, 100, 1000, 1 };
@@ -77,6 +85,11 @@ static void test_embedding(void) {
     embedding_random("embedding, bytes", 2000, 288, 260, true);
     embedding_random("embedding, few repeats", 700, 2048, 3000, false);
     embedding_random("embedding, skewed", 1500, 768, 1000, true);
+    embedding_random("embedding, more tokens than the threads hold", 20001, 8, 3000, true);
+    embedding_random("embedding, more ids than 128 blocks count", 1001, 8, 500003, false);
+    embedding_same("embedding, one token of many", 1, 8, 300);
+    for (int N : { 15, 16, 17, 31, 32, 33 }) embedding_same("embedding, tiles of one token", N, 264, 2);
+    embedding_same("embedding, more of one token than a block lists", 6001, 8, 200);
     embedding_runs(8);
     embedding_runs(264);
     embedding_runs(4104);
