@@ -509,7 +509,7 @@ static const char* pieces_early_refuses(const Problem*) { return hopper_refuses(
 
 // clang-format off
 static const Variant<Problem> variants[] = {
-//    name                       launch                   rows of a tile, blockswhat changed
+//    name                       launch                   rows or blocks       what changed
     { "row_of_table_per_block",  row_of_table_per_block,  { 0 },                "baseline: the sum as the formula has it",
                                                                                       row_of_table_refuses },
     { "atomics",                 atomics,                 { 128, 256 },         "each token adds at once; not deterministic" },
