@@ -285,21 +285,17 @@ static inline bool attention_built_with(AttentionBackend backend) {
     return sizeof(floatX) == 2 || backend == ATTENTION_REFERENCE;
 }
 
-// lets cudnn's backward pass sum dq in whatever order its blocks finish. Set before the first call
+static bool attention_any_order = false; // see attention_fast
+
+// lets the backward passes of hopper and cudnn add up dq in whatever order their blocks finish. Set before the first call
 static inline void attention_fast(bool fast) {
+    attention_any_order = fast;
 #ifdef USE_CUDNN
     cudnn_attention_fast = fast;
 #endif
-    (void)fast;
 }
 
-static inline bool attention_is_fast(void) {
-#ifdef USE_CUDNN
-    return cudnn_attention_fast;
-#else
-    return false;
-#endif
-}
+static inline bool attention_is_fast(void) { return attention_any_order; }
 
 // whether the back end takes the shape: for the forward pass and, when backward, for that too
 static inline bool attention_supports(AttentionBackend backend, AttentionShape shape, bool backward, Error* why) {
@@ -383,7 +379,9 @@ static inline void attention_backward(AttentionBackend backend, floatX* dqkv, co
     case ATTENTION_CUDNN: cudnn_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, room, stream); break;
 #endif
 #ifndef PRECISION_FP32
-    case ATTENTION_HOPPER: hopper_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream); break;
+    case ATTENTION_HOPPER:
+        hopper_attention_backward(dqkv, dout, qkv, out, lse, shape, !attention_any_order, scratch, stream);
+        break;
     case ATTENTION_MMA: flash_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream); break;
 #endif
     default: reference_attention_backward(dqkv, dout, qkv, out, lse, shape, scratch, stream);

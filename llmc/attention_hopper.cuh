@@ -39,9 +39,11 @@ Backward        five products, dQ added up in the L2 cache
                 dQ   = dS · K      adds over the keys of both warpgroups: each computes a half of the queries or columns
     after       dQ, fp32 in the order that products leave, is scaled, rounded and put in its place
 
-Order of dQ     a counter for each tile of queries says which block of keys is next, so that the sums are the same at each run. One
-                thread waits for the turn, starts the copy engine's addition of 32 KB and passes the turn on when it is written, a
-                step later; the warpgroups only wait until the engine has read their part. A block waits for blocks with lower
+Order of dQ     a counter for each tile of queries says which block of keys is next, so that the sums are the same at each run. A
+                thread waits for the turn, starts the copy engine's addition of 32 KB and passes the turn on when it is written;
+                the warpgroups only wait until the engine has read their part. Two threads take the steps in turns: the ways to
+                the L2 cache and back and the fences of one step lie beside the next (of one thread, the warpgroups waited a
+                third of their time). Not ordered, parts are added as they come, on zeros. A block waits for blocks with lower
                 numbers alone, and a block's number is a ticket that it draws when it starts: those it waits for are running
                 or done, in whatever order the GPU starts them. The first one writes, so that only turns and tickets are zeroed
 Overlap         S of the next step is started before dQ is taken out of its registers, dV works while dS is computed, the two
@@ -52,10 +54,11 @@ Rate            H200, TFLOP/s, and how many times that of cuDNN (backward: its r
                 in the same run. 32 query heads, 8 kv heads; HD 64: B 4 T 4096, B 2 T 8192; HD 128: the same
 
                                 rate                    / cuDNN                     / flash
-                    forward     431  463   560  560     1.01  1.07   1.04  1.02     1.38  1.48   1.61  1.58
-                    backward    371  401   364  402     1.42  1.41   0.97  0.99     1.55  1.66   1.41  1.50
+                    forward     440  460   553  554     1.07  1.06   1.02  0.97     1.42  1.50   1.57  1.56
+                    backward    384  410   425  439     1.47  1.43   1.10  1.07     1.59  1.67   1.60  1.61
+                    any order   390  436   423  465     and cuDNN's other kernel, whose bits differ from run to run too:
+                                                        376  406   463  499
 
-                cuDNN's backward kernel whose bits differ from run to run: 376 405 478 493
 Sizes           HD 64, 128; any T, B; NKV divides NH. sm_90a
 Proved by       dev/cuda/attention_forward.cu, dev/cuda/attention_backward.cu (against the CPU and against flash)
 Source          Shah et al. 2024, "FlashAttention-3" (the two overlaps)
@@ -394,17 +397,7 @@ __global__ void __launch_bounds__(HOPPER_PREPARE_THREADS)
 
 // ---- backward: dK, dV and parts of dQ ----------------------------------------------------------
 
-// runs of bytes by the copy engine, multiples of 16: to shared memory, counted at bar; from shared memory, part of the group that
-// tma_store_commit closes: overwriting, or adding fp32 numbers
-__device__ __forceinline__ void hopper_run_load(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(bar)
-                 : "memory");
-}
-__device__ __forceinline__ void hopper_run_store(float* to, uint32_t from, uint32_t bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
-                 : "memory");
-}
+// a run of fp32 numbers, a multiple of 16 bytes, added to others by the copy engine; part of the group that tma_store_commit closes
 __device__ __forceinline__ void hopper_run_add(float* to, uint32_t from, uint32_t bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
                  "r"(bytes)
@@ -461,7 +454,7 @@ constexpr size_t hopper_backward_shared = sizeof(floatX) * (2 * HOPPER_KEYS * HD
 
 // 128 keys of one kv head; a block for each of B*NKV heads and each tile of keys, which its ticket names: the first tiles
 // first, they have most queries, and a tile of dQ waits for them
-template <int HD>
+template <int HD, bool ORDERED>
 __global__ void __launch_bounds__(384, 1)
     hopper_backward_kernel(const __grid_constant__ CUtensorMap qkv_map, const __grid_constant__ CUtensorMap dout_map,
                            HopperBackward x) {
@@ -513,36 +506,37 @@ __global__ void __launch_bounds__(384, 1)
                 mbarrier_wait(q_empty + 8 * buffer, emptied);
                 mbarrier_expect(q_full + 8 * buffer, STEP + STATS);
                 load(q_tile + buffer * STEP, &qkv_map, q_full + 8 * buffer, h * HD, tile * M, BOXES, M / 64);
-                hopper_run_load(stats + buffer * STATS, x.stats + (((size_t)b * x.NH + h) * x.tiles + tile) * (2 * M),
+                bulk_load(stats + buffer * STATS, x.stats + (((size_t)b * x.NH + h) * x.tiles + tile) * (2 * M),
                                 STATS, q_full + 8 * buffer);
                 mbarrier_wait(do_empty + 8 * buffer, emptied);
                 mbarrier_expect(do_full + 8 * buffer, STEP);
                 load(do_tile + buffer * STEP, &dout_map, do_full + 8 * buffer, h * HD, tile * M, BOXES, M / 64);
                 if (++tile == x.tiles) tile = first, h++;
             }
-        } else if (threadIdx.x == WARP) { // adds parts of dQ to those of the blocks before
+        } else if (threadIdx.x == WARP || (ORDERED && threadIdx.x == 2 * WARP)) {
+            // what a step has of dQ; ordered, the odd steps by one thread and the even ones by another
             int h = g * G, tile = first;
-            size_t before = 0;
             for (uint32_t i = 0; i < (uint32_t)steps; i++) {
-                const size_t at = ((size_t)b * x.NH + h) * x.tiles + tile;
-                if (turn) hopper_turn_wait(x.turns + at, turn);
-                mbarrier_wait(dq_full, i % 2);
-                if (turn)
-                    hopper_run_add(x.dq + at * HOPPER_STEP, dq_tile, 4 * HOPPER_STEP);
-                else
-                    hopper_run_store(x.dq + at * HOPPER_STEP, dq_tile, 4 * HOPPER_STEP);
-                tma_store_commit();
-                tma_store_wait_read<0>();
-                mbarrier_arrive(dq_empty);
-                if (i) { // that of a step ago is written by now
-                    tma_store_wait<1>();
-                    hopper_turn_pass(x.turns + before, turn);
+                if (!ORDERED || i % 2 == (uint32_t)(warp - 1)) {
+                    const size_t at = ((size_t)b * x.NH + h) * x.tiles + tile;
+                    if (ORDERED && turn) hopper_turn_wait(x.turns + at, turn);
+                    if (ORDERED && i) mbarrier_wait(dq_empty, i % 2 ^ 1); // the step before is the other thread's
+                    mbarrier_wait(dq_full, i % 2);
+                    if (!ORDERED || turn)
+                        hopper_run_add(x.dq + at * HOPPER_STEP, dq_tile, 4 * HOPPER_STEP);
+                    else
+                        bulk_store(x.dq + at * HOPPER_STEP, dq_tile, 4 * HOPPER_STEP);
+                    tma_store_commit();
+                    tma_store_wait_read<0>();
+                    mbarrier_arrive(dq_empty);
+                    if (ORDERED) {
+                        tma_store_wait<0>();
+                        hopper_turn_pass(x.turns + at, turn);
+                    }
                 }
-                before = at;
                 if (++tile == x.tiles) tile = first, h++;
             }
             tma_store_wait<0>();
-            hopper_turn_pass(x.turns + before, turn);
         }
     } else {
         registers_take<240>();
@@ -714,7 +708,7 @@ static void hopper_forward(floatX* out, float* lse, const floatX* qkv, Attention
     launch_check();
 }
 
-template <int HD>
+template <int HD, bool ORDERED>
 static void hopper_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out, const float* lse,
                             AttentionShape s, void* scratch, cudaStream_t stream) {
     const int M = hopper_step(HD), tiles = (int)ceil_div(s.T, M);
@@ -725,15 +719,16 @@ static void hopper_backward(floatX* dqkv, const floatX* dout, const floatX* qkv,
     float* stats = x.dq + all * HOPPER_STEP;
     x.stats = stats, x.turns = (unsigned*)(stats + 2 * rows), x.taken = x.turns + all;
     x.heads = (unsigned)(s.B * s.NKV), x.scale = 1 / sqrtf((float)HD);
+    if (!ORDERED) cuda_check(cudaMemsetAsync(x.dq, 0, all * HOPPER_STEP * sizeof(float), stream));
     cuda_check(cudaMemsetAsync(x.turns, 0, (all + 1) * sizeof(unsigned), stream));
     hopper_prepare_kernel<HD>
         <<<(unsigned)ceil_div(rows * (HD / PACK), HOPPER_PREPARE_THREADS), HOPPER_PREPARE_THREADS, 0, stream>>>(
             stats, dout, out, lse, s.T, tiles * M, s.NH, rows);
     launch_check();
-    cuda_check(cudaFuncSetAttribute(hopper_backward_kernel<HD>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    cuda_check(cudaFuncSetAttribute(hopper_backward_kernel<HD, ORDERED>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     (int)hopper_backward_shared<HD>));
     const unsigned blocks = x.heads * (unsigned)ceil_div(s.T, HOPPER_KEYS);
-    hopper_backward_kernel<HD><<<blocks, 384, hopper_backward_shared<HD>, stream>>>(
+    hopper_backward_kernel<HD, ORDERED><<<blocks, 384, hopper_backward_shared<HD>, stream>>>(
         hopper_attention_map(qkv, s.B, s.T, ld), hopper_attention_map(dout, s.B, s.T, (int64_t)s.NH * HD), x);
     launch_check();
     hopper_round_kernel<HD><<<(unsigned)all, 256, 0, stream>>>(dqkv, x.dq, s.T, tiles, s.NH, ld, x.scale);
@@ -774,13 +769,13 @@ static inline void hopper_attention_forward(floatX* out, float* lse, const float
     }
 }
 
-// overwrites dqkv, which has the layout of qkv
+// overwrites dqkv, which has the layout of qkv. ordered: the same bits at every run
 static inline void hopper_attention_backward(floatX* dqkv, const floatX* dout, const floatX* qkv, const floatX* out,
-                                             const float* lse, AttentionShape s, void* scratch, cudaStream_t stream) {
-    switch (s.HD) {
-    case 64: hopper_backward<64>(dqkv, dout, qkv, out, lse, s, scratch, stream); break;
-    case 128: hopper_backward<128>(dqkv, dout, qkv, out, lse, s, scratch, stream); break;
-    default: launch_require(false, "attention", "hopper takes the head_dim 64 or 128");
-    }
+                                             const float* lse, AttentionShape s, bool ordered, void* scratch,
+                                             cudaStream_t stream) {
+    const auto launch = s.HD == 64 ? (ordered ? hopper_backward<64, true> : hopper_backward<64, false>)
+                                   : (ordered ? hopper_backward<128, true> : hopper_backward<128, false>);
+    launch_require(s.HD == 64 || s.HD == 128, "attention", "hopper takes the head_dim 64 or 128");
+    launch(dqkv, dout, qkv, out, lse, s, scratch, stream);
 }
 #endif

@@ -14,19 +14,21 @@ The question    a tile of ds is a factor of dk (a sum down its columns) and of d
                 twice: 7 products instead of 5
 FLOPs           5 * B*NH*HD * T^2: five products of 2*HD for each of T^2/2 pairs, whatever a kernel does twice
 The floor       at some 700 TFLOP/s: HD 128, B 4, T 4096 is 1.37 TFLOP, 2.0 ms. All arrays together are 0.9 GB, 0.2 ms
-Measured        H200, bf16, TFLOP/s, all in one run. cudnn is asked for its reproducible kernel; the other one, whose bits
-                differ from run to run, gives 376, 405, 478, 493. hopper's bits are the same at every run
+Measured        H200, bf16, TFLOP/s; unfused, dq_in_order and dq_second_pass in another run than the rest
 
                                         1B      1B long     8B      8B long     HD 64, B 4 T 4096; B 2 T 8192; HD 128, the same
                 unfused                 38      46          73      89
-                dq_atomics              214     221         219     229
+                dq_atomics              220     227         222     231
                 dq_in_order             66      65          62      62
                 dq_second_pass          231     233         233     242
-                production              239     241         258     268
-                hopper                  371     401         364     402
-                cudnn                   260     283         376     405
-                hopper / cudnn          1.42    1.41        0.97    0.99
-                hopper / production     1.55    1.66        1.41    1.50
+                production              241     246         265     272
+                hopper                  384     410         425     439
+                hopper_any_order        390     436         423     465
+                cudnn                   261     286         388     411         reproducible
+                cudnn_any_order         376     406         463     499
+                hopper / cudnn          1.47    1.43        1.10    1.07
+                hopper / cudnn_any_o.   1.02    1.01        0.92    0.88
+                any order, both         1.04    1.07        0.91    0.93
 
 The answer      with mma.sync, nobody: two products more cost less than atomics, and much less than turns that all warps of a
                 block wait for. With wgmma, in order: the copy engine adds and one thread waits, while the products go on
@@ -448,17 +450,26 @@ static void dq_second_pass(const Problem* p, int, cudaStream_t stream) { columns
 // idea    wgmma: two warpgroups share 128 keys; dS passes through shared memory as a factor of dK and of dQ. Five products: a
 //         warp of its own hands parts of dQ to the copy engine, which adds them in the L2 cache, in the order of the keys (turns, as
 //         in dq_in_order), while the warpgroups go on; the part of the next step's S that fills the wait is already started.
-//         1.4 to 1.7 times production, 5.6 to 6.5 times dq_in_order
-// limit   registers: dK, dV, S and dP of 64 keys a warpgroup take 230 of 240, so that little more can overlap: at HD 128
-//         0.76 to 0.82 of cudnn's kernel that is not reproducible, at HD 64 0.99
+//         1.6 times production, 6 to 7 times dq_in_order. Lost: one thread for the turns, which left the warpgroups waiting for
+//         it a third of their time (ncu: 27 % of all samples at one barrier; HD 128 365 and 394 TFLOP/s)
+// limit   registers: dK, dV, S and dP of 64 keys a warpgroup take 230 of 240, so that little more can overlap: the tensor cores
+//         work half of the time (sm__pipe_tensor_cycles_active 46 to 53 %)
 
 static void hopper(const Problem* p, int, cudaStream_t stream) {
-    hopper_attention_backward(p->dqkv, p->dout, p->qkv, p->out, p->lse, p->s, p->scratch, stream);
+    hopper_attention_backward(p->dqkv, p->dout, p->qkv, p->out, p->lse, p->s, true, p->scratch, stream);
 }
 
 static const char* hopper_takes(const Problem* p) {
     static Error why;
     return hopper_attention_supports(p->s, &why) ? NULL : why.text;
+}
+
+// ---- hopper_any_order -------------------------------------------------------------------------
+// idea    nobody waits for a turn: the copy engine adds parts of dQ as they come, on zeros
+// limit   other bits at each run; and dQ is cleared before, 4*HD bytes a query and head
+
+static void hopper_any_order(const Problem* p, int, cudaStream_t stream) {
+    hopper_attention_backward(p->dqkv, p->dout, p->qkv, p->out, p->lse, p->s, false, p->scratch, stream);
 }
 #endif
 
@@ -475,6 +486,13 @@ static void production(const Problem* p, int, cudaStream_t stream) {
 #ifdef USE_CUDNN
 static void cudnn(const Problem* p, int, cudaStream_t stream) {
     attention_backward(ATTENTION_CUDNN, p->dqkv, p->dout, p->qkv, p->out, p->lse, p->s, p->scratch, p->room, stream);
+}
+
+// the library's other kernel, whose bits differ from run to run
+static void cudnn_any_order(const Problem* p, int, cudaStream_t stream) {
+    attention_fast(true);
+    attention_backward(ATTENTION_CUDNN, p->dqkv, p->dout, p->qkv, p->out, p->lse, p->s, p->scratch, p->room, stream);
+    attention_fast(false);
 }
 
 static const char* cudnn_takes(const Problem* p) {
@@ -495,11 +513,13 @@ static const Variant<Problem> variants[] = {
     { "dq_second_pass", dq_second_pass,  { 0 },         "dq by blocks of its own, 7 products instead of 5" },
     { "production",     production,      { 0 },         "llmc/attention_flash.cuh: pairs of warps, 32 rows" },
     { "hopper",         hopper,          { 0 },         "llmc/attention_hopper.cuh: wgmma, dq added up by the copy engine", hopper_takes },
+    { "hopper_any_order", hopper_any_order, { 0 },      "hopper, dq added up as blocks come: no turns", hopper_takes },
 #else
     { "production",     production,      { 0 },         "llmc/attention_reference.cuh" },
 #endif
 #ifdef USE_CUDNN
     { "cudnn",          cudnn,           { 0 },         "the library; reproducible", cudnn_takes },
+    { "cudnn_any_order", cudnn_any_order, { 0 },        "the library; other bits at each run", cudnn_takes },
 #endif
 };
 // clang-format on
