@@ -145,17 +145,19 @@ __device__ __forceinline__ PackX rmsnorm_scale(PackX x, float r, PackX w) {
     return x;
 }
 
-// RESIDUAL: sum = a + b, and x is the sum; else x is a. Block (threads, rows): a block to a row, whose loads are all under way
-// at once, and which waits in registers; several rows to a block only where one warp takes a row. mean: 1 / C. sum may be a
-template <bool RESIDUAL, int PACKS>
+// RESIDUAL: sum = a + b, and x is the sum; else x is a. A block to a row, whose loads are all under way at once, and which waits
+// in registers, w beside it: asked for after the sum, w would be one more wait before anything goes out. WARPS: a row is a
+// warp's, threadIdx.y one of those of the block. mean: 1 / C. sum may be a
+template <bool RESIDUAL, int PACKS, bool WARPS>
 static __global__ void __launch_bounds__(512)
     rmsnorm_forward_kernel(floatX* sum, floatX* y, float* r, const floatX* a, const floatX* b, const floatX* w, int N,
                            int C, float mean, float eps) {
-    const int n = blockIdx.x * blockDim.y + threadIdx.y, first = threadIdx.x * PACK, step = blockDim.x * PACK;
+    const int n = WARPS ? blockIdx.x * blockDim.y + threadIdx.y : blockIdx.x;
+    const int first = threadIdx.x * PACK, step = blockDim.x * PACK;
     const size_t row = (size_t)n * C;
-    PackX x[PACKS] = {}, add[PACKS];
+    PackX x[PACKS] = {}, add[PACKS], weight[PACKS] = {};
     float squares = 0;
-    if (n >= N) return;
+    if (WARPS && n >= N) return;
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
         const int c = first + k * step;
@@ -163,6 +165,9 @@ static __global__ void __launch_bounds__(512)
         x[k] = pack_load(a + row + c);
         if (RESIDUAL) add[k] = pack_load(b + row + c);
     }
+#pragma unroll
+    for (int k = 0; k < PACKS; k++)
+        if (first + k * step < C) weight[k] = pack_load(w + first + k * step);
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
         const int c = first + k * step;
@@ -172,14 +177,14 @@ static __global__ void __launch_bounds__(512)
         }
         squares += rmsnorm_squares(x[k]);
     }
-    squares = blockDim.y > 1 ? warp_sum(squares) : block_sum(squares);
+    squares = WARPS ? warp_sum(squares) : block_sum(squares);
     const float rn = rsqrtf(squares * mean + eps);
     if (threadIdx.x == 0) r[n] = rn;
-    rmsnorm_forget(x);
+    rmsnorm_forget(x), rmsnorm_forget(weight);
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
         const int c = first + k * step;
-        if (c < C) pack_store(y + row + c, rmsnorm_scale(x[k], rn, pack_load(w + c)));
+        if (c < C) pack_store(y + row + c, rmsnorm_scale(x[k], rn, weight[k]));
     }
 }
 
@@ -212,18 +217,25 @@ template <bool RESIDUAL>
 static inline void rmsnorm_forward_any(floatX* sum, floatX* y, float* r, const floatX* a, const floatX* b,
                                        const floatX* w, int N, int C, float eps, cudaStream_t stream) {
     rmsnorm_require(C);
-    const int packs = rmsnorm_packs(C, 8), threads = packs ? rmsnorm_threads(C, packs) : 1024;
-    const int rows = threads == WARP ? 4 : 1;
+    // of 4 packs each, but for short rows: 64 threads and fewer wait too often for too little
+    const int packs = max(rmsnorm_packs(C, 8), rmsnorm_packs(C, 8) && rmsnorm_threads(C, 4) >= 128 ? 4 : 0);
+    const int threads = packs ? rmsnorm_threads(C, packs) : 1024;
     const float mean = 1.0f / C;
-    const dim3 grid((unsigned)ceil_div(N, rows)), block((unsigned)threads, (unsigned)rows);
-    if (packs == 2)
-        rmsnorm_forward_kernel<RESIDUAL, 2><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+    if (threads == WARP)
+        rmsnorm_forward_kernel<RESIDUAL, 2, true>
+            <<<(unsigned)ceil_div(N, 4), dim3(WARP, 4), 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+    else if (packs == 2)
+        rmsnorm_forward_kernel<RESIDUAL, 2, false>
+            <<<(unsigned)N, (unsigned)threads, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
     else if (packs == 4)
-        rmsnorm_forward_kernel<RESIDUAL, 4><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+        rmsnorm_forward_kernel<RESIDUAL, 4, false>
+            <<<(unsigned)N, (unsigned)threads, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
     else if (packs == 8)
-        rmsnorm_forward_kernel<RESIDUAL, 8><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+        rmsnorm_forward_kernel<RESIDUAL, 8, false>
+            <<<(unsigned)N, (unsigned)threads, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
     else
-        rmsnorm_forward_long_kernel<RESIDUAL><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, C, mean, eps);
+        rmsnorm_forward_long_kernel<RESIDUAL>
+            <<<(unsigned)N, (unsigned)threads, 0, stream>>>(sum, y, r, a, b, w, C, mean, eps);
     launch_check();
 }
 
