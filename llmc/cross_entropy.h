@@ -14,7 +14,8 @@ Numerics        the largest logit is taken off before exp; sums in double, or a 
                 On the GPU: sums in fp32, powers by the ex2 instruction (relative error 2^-22, results below 2^-126 become 0);
                 the gradient is rounded once, after 1 was taken off at the label
 Bound by        the logits, alone: three passes over N*V numbers. With the product: 6*N*V*C FLOPs, beside which they vanish.
-                On the GPU one pass: each logit is read once and written once, 4*N*V bytes in bf16
+                On the GPU one pass: each logit is read once and written once, 4*N*V bytes in bf16. A row waits for its sum in
+                the registers of one block or, when it is longer, in a ring in shared memory (cross_entropy_ring.cuh)
 Memory          lm_head_loss_cpu works on a chunk of rows, so that the logits of all rows never exist at once. Each chunk
                 reads w and reads and writes dw in full, which 128 rows or more pay for: 256 FLOPs per number of dw. 16M
                 numbers (64 MiB) are as many rows for every V up to 128K. The chunk depends on V alone, and so do the bits. On
@@ -166,6 +167,8 @@ __device__ __forceinline__ void cross_entropy_store(floatX* row, const float* x,
     pack_store_once(row + (size_t)p * PACK, dx);
 }
 
+#include "cross_entropy_ring.cuh"
+
 // clang-format off
 enum {
     CROSS_ENTROPY_THREADS = 512,       // of a block, at most
@@ -308,33 +311,48 @@ static inline int cross_entropy_most_blocks(void) {
     return most;
 }
 
-// overwrites losses (N) and, with backward, logits by their gradient times scale; columns from V to the next multiple of 8
-// become zero then
-static inline void cross_entropy(float* losses, floatX* logits, const int32_t* labels, float scale, bool backward,
-                                 int N, int V, int ld, cudaStream_t stream) {
-    GpuOp op("cross_entropy", (backward ? 2.0 : 1.0) * N * V * sizeof(floatX), 0, stream);
-    launch_require(ld % PACK == 0 && ld >= V && V > 0 && N > 0, "cross_entropy",
-                   "V fits the row stride, a multiple of 8");
+// how many blocks keep a row of V numbers in their registers; 0: no cluster does
+static inline int cross_entropy_blocks(int V) {
     const int packs = (int)ceil_div(V, PACK), most = cross_entropy_most_blocks();
     int blocks = 1;
     while (blocks < most && blocks * CROSS_ENTROPY_THREADS * CROSS_ENTROPY_HELD < packs) blocks *= 2;
-    if (blocks * CROSS_ENTROPY_THREADS * CROSS_ENTROPY_HELD < packs) {
-        cross_entropy_plain_kernel<<<(unsigned)N, CROSS_ENTROPY_PLAIN_THREADS, 0, stream>>>(losses, logits, labels,
-                                                                                            scale, backward, V, ld);
-        launch_check();
-        return;
-    }
+    return blocks * CROSS_ENTROPY_THREADS * CROSS_ENTROPY_HELD < packs ? 0 : blocks;
+}
+
+// as cross_entropy, of rows that `blocks` blocks keep in their registers
+static inline void cross_entropy_registers(float* losses, floatX* logits, const int32_t* labels, float scale,
+                                           bool backward, int N, int V, int ld, int blocks, cudaStream_t stream) {
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = (unsigned)blocks, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)N * (unsigned)blocks);
-    config.blockDim = dim3((unsigned)(ceil_div(packs, blocks * CROSS_ENTROPY_HELD * WARP) * WARP));
+    config.blockDim = dim3((unsigned)(ceil_div(ceil_div(V, PACK), blocks * CROSS_ENTROPY_HELD * WARP) * WARP));
     config.stream = stream;
     config.attrs = &cluster;
     config.numAttrs = blocks > 1;
     cuda_check(cudaLaunchKernelEx(&config, cross_entropy_kernel, losses, logits, labels, scale, backward, V, ld));
     launch_check();
+}
+
+// overwrites losses (N) and, with backward, logits by their gradient times scale; columns from V to the next multiple of 8
+// become zero then. By the clock: rows that one block keeps in registers are its own, longer ones the ring's
+static inline void cross_entropy(float* losses, floatX* logits, const int32_t* labels, float scale, bool backward,
+                                 int N, int V, int ld, cudaStream_t stream) {
+    GpuOp op("cross_entropy", (backward ? 2.0 : 1.0) * N * V * sizeof(floatX), 0, stream);
+    launch_require(ld % PACK == 0 && ld >= V && V > 0 && N > 0, "cross_entropy",
+                   "V fits the row stride, a multiple of 8");
+    const int blocks = cross_entropy_blocks(V);
+    if (blocks != 1 && cross_entropy_ring_takes(V, CROSS_ENTROPY_RING_PART)) {
+        cross_entropy_ring<512, 1, false>(losses, logits, labels, scale, backward, N, V, ld, CROSS_ENTROPY_RING_PART,
+                                          stream);
+    } else if (blocks) {
+        cross_entropy_registers(losses, logits, labels, scale, backward, N, V, ld, blocks, stream);
+    } else {
+        cross_entropy_plain_kernel<<<(unsigned)N, CROSS_ENTROPY_PLAIN_THREADS, 0, stream>>>(losses, logits, labels,
+                                                                                            scale, backward, V, ld);
+        launch_check();
+    }
 }
 
 // ---- GPU: with the product that makes the logits ---------------------------------------------

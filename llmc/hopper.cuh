@@ -281,6 +281,18 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t from,
                  : "memory");
 }
 
+// runs of bytes, without a map: addresses and lengths are multiples of 16, a run is shorter than 1 MB. To shared memory, where the
+// bytes count at bar; and from there, part of the group that tma_store_commit closes
+__device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(bar)
+                 : "memory");
+}
+__device__ __forceinline__ void bulk_store(void* to, uint32_t from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+                 : "memory");
+}
+
 __device__ __forceinline__ void tma_store_commit(void) { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // until all but the last N groups of this thread have read their shared memory, which may then be written again

@@ -11,7 +11,7 @@ Reached         on an H200, % of a copy, 1B and 8B, random tokens: one_each 26 a
 Metrics         not collected yet: dram__throughput, and l1tex__t_requests for the first two
 */
 #include "bench.cuh"
-#include "bulk.cuh"
+#include "llmc/hopper.cuh"
 #include "llmc/embedding.h"
 #include "token_ids.cuh"
 

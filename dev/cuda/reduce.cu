@@ -28,7 +28,7 @@ In llmc         no op is a plain sum; sum_of_squares (llmc/adamw.h) is this one'
 #include <cub/device/device_reduce.cuh>
 
 #include "bench.cuh"
-#include "bulk.cuh"
+#include "llmc/hopper.cuh"
 #include "llmc/adamw.h"
 
 // clang-format off

@@ -15,7 +15,7 @@ Metrics         smsp__warps_issue_stalled_long_scoreboard, dram__throughput, l1t
                 the requests
 */
 #include "bench.cuh"
-#include "bulk.cuh"
+#include "llmc/hopper.cuh"
 #include "llmc/repeat_kv.h"
 #include "streams.cuh"
 

@@ -20,7 +20,7 @@ Metrics         lts__t_sectors_op_write beside dram__sectors_write, l1tex__t_sec
                 times), l1tex__t_requests_pipe_lsu_mem_global_op_st
 */
 #include "bench.cuh"
-#include "bulk.cuh"
+#include "llmc/hopper.cuh"
 #include "llmc/repeat_kv.h"
 #include "streams.cuh"
 

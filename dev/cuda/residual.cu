@@ -17,7 +17,7 @@ Metrics         l1tex__average_t_sectors_per_request… (how many sectors a requ
 */
 #define YARDSTICK "packs" // no module of llmc adds two arrays alone: the row that the others are measured by
 #include "bench.cuh"
-#include "bulk.cuh"
+#include "llmc/hopper.cuh"
 #include "streams.cuh"
 
 // clang-format off

@@ -13,7 +13,7 @@ What decides    dx wants a sum over the row, dw one over the column. The first a
                 block to each row would store N*C. And while a block adds up its row, other rows must be under way
 */
 #include "bench.cuh"
-#include "bulk.cuh"
+#include "llmc/hopper.cuh"
 #include "rmsnorm_rows.cuh"
 
 #include <cooperative_groups.h>

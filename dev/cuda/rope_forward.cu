@@ -19,7 +19,7 @@ Metrics         dram__throughput, dram__bytes_read (beyond half of what must mov
                 smsp__warps_issue_stalled_long_scoreboard
 */
 #include "bench.cuh"
-#include "bulk.cuh"
+#include "llmc/hopper.cuh"
 #include "llmc/rope.h"
 #include "streams.cuh"
 

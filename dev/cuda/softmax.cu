@@ -27,7 +27,7 @@ In llmc         never alone: within cross_entropy (llmc/cross_entropy.h), whose 
 */
 #define YARDSTICK "cluster" // nothing ships alone: the row that the others are measured by
 #include "bench.cuh"
-#include "bulk.cuh"
+#include "llmc/hopper.cuh"
 #include "llmc/cross_entropy.h"
 #include "llmc/softmax.h"
 #include "streams.cuh"

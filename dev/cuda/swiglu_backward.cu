@@ -16,7 +16,7 @@ Metrics         dram__throughput, smsp__inst_executed, smsp__inst_executed_pipe_
                 (a pack that the compiler stores in four pieces of 4 bytes shows here), lts__t_sectors_op_write
 */
 #include "bench.cuh"
-#include "bulk.cuh"
+#include "llmc/hopper.cuh"
 #include "swiglu_parts.cuh"
 
 // ---- the problem -----------------------------------------------------------------------------

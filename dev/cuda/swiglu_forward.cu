@@ -15,7 +15,7 @@ Metrics         dram__throughput, smsp__inst_executed (instructions a pack), sms
                 smsp__warps_issue_stalled_long_scoreboard, lts__t_sectors_op_write beside dram__sectors_write (what stayed in L2)
 */
 #include "bench.cuh"
-#include "bulk.cuh"
+#include "llmc/hopper.cuh"
 #include "swiglu_parts.cuh"
 
 // ---- the problem -----------------------------------------------------------------------------
