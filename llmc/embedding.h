@@ -9,7 +9,7 @@ Numerics        on the CPU w is F32, BF16 or F16 at any address; x and both grad
                 the rows of one token are summed in fp32, in a fixed order, before the sum is added to dw
 Bound by        memory: forward moves 2*N*C elements, backward 3*N*C at most (dw is read and written once for each token that
                 occurs), scattered by rows. On an H200, bf16, N 16384, backward reaches 61 % of a copy for text and 72 % for
-                random tokens at C 2048 (53 and 65 us), 69 and 79 % at C 4096 (89 and 117 us), each at its best EMBEDDING_TILE
+                random tokens at C 2048 (53 and 65 us), 69 and 79 % at C 4096 (89 and 117 us), tiles of 32 rows
 Proved by       dev/test/test_ops.c (finite differences, repeated tokens), test_ops_float.c (same bits for any threads),
                 test_llama3.cu (GPU against CPU)
 Source          none needed: a product with one-hot rows, written as what it does
@@ -97,7 +97,7 @@ enum {
     EMBEDDING_BUCKET_LIST = 4096,    // tokens that a block lists in shared memory; of more the list is in the scratch
     EMBEDDING_BUCKET_HELD = 16,      // ids that a thread keeps in registers
     EMBEDDING_BUCKET_AHEAD = 4,      // times 32 tokens are looked up at once
-    EMBEDDING_TILE = 16,             // rows, at most 32; of each the scratch holds two rows in fp32
+    EMBEDDING_TILE = 32,             // rows, at most 32; of each the scratch holds two rows in fp32
     EMBEDDING_TILE_THREADS = 256,
     EMBEDDING_TILE_AHEAD = 4,        // rows under way at once
 };

@@ -394,7 +394,8 @@ stage_time() {
 }
 
 # dev/cuda: the harness judged, each file checked, then timed beside the peers; results.jsonl comes back, from which
-# make -C dev/cuda charts makes tables and pictures anywhere. LAB_FILES="rmsnorm rope …" takes those alone, LAB_SECONDS bounds the report
+# make -C dev/cuda charts makes tables and pictures anywhere. LAB_FILES="rmsnorm rope …" takes those alone, LAB_SECONDS bounds the report,
+# LAB_NCU of them are spent under ncu
 stage_lab() {
     local lab=build/lab/cuda extra=build/cuda-extra program programs="" file
     make_extra
@@ -411,7 +412,7 @@ stage_lab() {
         [ "$file" = device_info ] || show lab.log 'WRONG|error|fault' 8
     done
     check lab.log "$((${LAB_SECONDS:-300} + 60))" "lab: report" python3 scripts/report_bench.py run --out "$out/results.jsonl" \
-        --seconds "${LAB_SECONDS:-300}" ${LAB_PEERS:+--peers dev/cuda/peers.py} $programs
+        --seconds "${LAB_SECONDS:-300}" --ncu "${LAB_NCU:-0}" ${LAB_PEERS:+--peers dev/cuda/peers.py} $programs
 }
 
 stage_profile() {

@@ -3,6 +3,7 @@
 The kernel lab's report, in two steps that may run on two machines.
 
     scripts/report_bench.py run --out results.jsonl --seconds 480 build/lab/cuda/*-BF16     on the GPU: runs the programs
+                                                        --ncu: then each variant once under ncu, for what limits it
     scripts/report_bench.py write results.jsonl         anywhere: tables and charts into dev/cuda/results/GPU/, and the summary
                                                         in dev/cuda/README.md between its markers (charts need matplotlib)
     scripts/report_bench.py map                         the list of files and variants in dev/cuda/README.md, from the files
@@ -11,6 +12,7 @@ The kernel lab's report, in two steps that may run on two machines.
 line about each program. A program that is wrong, hangs or ends early is named in the tables; the others go on.
 """
 import argparse
+import csv
 import datetime
 import json
 import os
@@ -52,8 +54,9 @@ def machine():
             "date": datetime.date.today().isoformat(), "commit": commit or "unknown"}
 
 
-def run_one(command, limit, log):
-    """runs a program with its output on the screen and in the log; returns exit code (None: out of time) and output"""
+def run_one(command, limit, log, quiet=False):
+    """runs a program with its output in the log and, unless quiet, on the screen; returns exit code (None: out of time), output
+    and seconds"""
     started = time.monotonic()
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
@@ -71,7 +74,8 @@ def run_one(command, limit, log):
         text.append((out or "") + f"\nerror: {command[0]}: ended after {limit:.0f} s\n")
         code = None
     text = "".join(text)
-    print(text, end="", flush=True)
+    if not quiet:
+        print(text, end="", flush=True)
     log.write(f"$ {' '.join(map(str, command))}\n{text}\n")
     log.flush()
     return code, text, time.monotonic() - started
@@ -80,6 +84,76 @@ def run_one(command, limit, log):
 def last_error(text):
     lines = [line for line in text.splitlines() if line.startswith(("error", "WRONG", "Traceback"))]
     return lines[0] if lines else (text.strip().splitlines() or [""])[-1]
+
+
+# what ncu is asked for, beside the reasons why warps wait
+METRICS = {"dram": "dram__throughput.avg.pct_of_peak_sustained_elapsed", "l2": "lts__t_sectors.avg.pct_of_peak_sustained_elapsed",
+           "shared": "l1tex__data_pipe_lsu_wavefronts_mem_shared.avg.pct_of_peak_sustained_elapsed",
+           "tensor": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
+           "issue": "sm__inst_issued.avg.pct_of_peak_sustained_active", "warps": "sm__warps_active.avg.pct_of_peak_sustained_active",
+           "ns": "gpu__time_duration.sum", "read": "dram__bytes_read.sum", "written": "dram__bytes_write.sum"}
+WAITS = re.compile(r"smsp__average_warps?(?:_latency)?_issue_stalled_(\w+?)(?:_per_issue_active)?\.(?:ratio|pct)")
+
+
+def number(text):
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def kernels_of(text):
+    """what `ncu --csv --page raw` printed: {column: text} for each kernel"""
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    return list(csv.DictReader(lines[start:]))[1:] if start is not None else []  # the first line holds the units
+
+
+def what_ncu_says(kernels):
+    """of a variant's kernels: sums of time and bytes, and what the longest one was busy with and waited for"""
+    longest = max(kernels, key=lambda kernel: number(kernel.get(METRICS["ns"], "")) or 0)
+    says = {name: number(longest.get(metric, "")) for name, metric in METRICS.items()}
+    for name in ("ns", "read", "written"):
+        says[name] = sum(number(kernel.get(METRICS[name], "")) or 0 for kernel in kernels)
+    waits = {}
+    for column, value in longest.items():
+        match = WAITS.fullmatch(column or "")
+        if match and "not_issued" not in column and match.group(1) not in ("selected", "not_selected"):
+            waits[match.group(1)] = number(value) or 0
+    total = sum(waits.values())
+    says["waits"] = {reason: round(100 * x / total) for reason, x in sorted(waits.items(), key=lambda w: -w[1])[:3] if total}
+    says["kernel"] = re.sub(r"^void |[<(].*", "", longest.get("Kernel Name", ""))
+    return {name: round(x, 2) if isinstance(x, float) else x for name, x in says.items() if x is not None}
+
+
+def profiled(options, programs, out, note, log):
+    """each variant of each program once under ncu, on one of its shapes"""
+    deadline = time.monotonic() + options.ncu
+    ops = tables_of(list(read_results(out)[2]))
+    for program in programs:
+        op, _, precision = Path(program).name.rpartition("-")
+        left = deadline - time.monotonic()
+        keys = chosen_shapes(ops.get(op, {}), precision.lower())
+        if not keys or left < 5:
+            continue
+        shape, rows = keys[-1][1], ops[op][keys[-1]]
+        names = [row["variant"] for row in rows if timed(row) and row["kind"] != "peer" and row["median_us"] < 50000]
+        command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw", "--print-units", "base",
+                   "--section", "WarpStateStats", "--metrics", ",".join(METRICS.values()),
+                   program, "--only", ",".join(names), "--shape", shape, "--profile"]
+        with open(log.name + ".ncu", "w") as own:  # its output is a table that nobody wants to see
+            code, text, _ = run_one(command, min(40.0, left), own, quiet=True)
+        variants = []
+        for kernel in kernels_of(text):
+            if "bench_next_variant" in kernel["Kernel Name"] or not variants:
+                variants.append([])
+            if "bench_next_variant" not in kernel["Kernel Name"]:
+                variants[-1].append(kernel)
+        if code != 0 or len(variants) != len(names):
+            print(f"{op}: ncu: {len(variants)} of {len(names)} variants, {last_error(text)[:200]}")
+        for name, kernels in zip(names, variants):
+            if kernels:
+                note({"ncu": what_ncu_says(kernels), "op": op, "dtype": precision.lower(), "shape": shape, "variant": name})
 
 
 def command_run(options):
@@ -105,7 +179,7 @@ def command_run(options):
             info["selftest"] = (text.strip().splitlines() or ["no output"])[-1] if code == 0 else f"FAILED: {last_error(text)}"
             failures += code != 0
         note(info)
-        reserved = min(150.0, 0.25 * options.seconds) if options.peers else 0
+        reserved = options.ncu + (min(150.0, 0.25 * options.seconds) if options.peers else 0)
         programs = [p for p in options.programs if "selftest" not in Path(p).name]
         for i, program in enumerate(programs):
             later = 5.0 * (len(programs) - i - 1)  # most take a few seconds, some can use a minute
@@ -127,6 +201,8 @@ def command_run(options):
             if not is_lab:
                 entry["text"] = text[:8000]
             note(entry)
+        if options.ncu:
+            profiled(options, programs, out, note, log)
         if options.peers:
             left = max(20.0, deadline - time.monotonic())
             command = [sys.executable, options.peers, "--results", str(out), "--json", str(part), "--time-limit", f"{left:.0f}"]
@@ -143,8 +219,8 @@ def command_run(options):
 # ---- write: what is read ---------------------------------------------------------------------
 
 def read_results(path):
-    """machine, programs by (name, precision), rows; the last row counts where one is given twice"""
-    info, programs, rows = {}, {}, {}
+    """machine, programs by (name, precision), rows; the last row counts where one is given twice. A row's "ncu": what ncu said"""
+    info, programs, rows, said = {}, {}, {}, {}
     try:
         lines = Path(path).read_text(errors="replace").splitlines()
     except OSError as error:
@@ -161,12 +237,16 @@ def read_results(path):
             info = entry
         elif "program" in entry:
             programs[entry["program"], entry.get("precision", "")] = entry
+        elif "ncu" in entry:
+            said[entry["op"], entry["dtype"], entry["shape"], entry["variant"]] = entry["ncu"]
         elif all(key in entry for key in ("op", "shape", "variant", "dtype", "check")):
             rows[entry["op"], entry["dtype"], entry["shape"], entry["variant"]] = entry
         else:
             print(f"warning: {path}:{number}: neither a row nor a note, passed over", file=sys.stderr)
     if not rows:
         fail(f"{path}: no rows in it; expected what a program of the lab writes with --json")
+    for key in said.keys() & rows.keys():
+        rows[key]["ncu"] = said[key]
     return info, programs, list(rows.values())
 
 
@@ -238,6 +318,24 @@ def table_text(rows):
         else:
             cells = [name, check, "", "", "", "", "", ""]
         text += "| " + " | ".join(cell(c) for c in cells + [row.get("what", "")]) + " |\n"
+    return text
+
+
+def ncu_text(rows):
+    """what ncu said of the variants, or nothing"""
+    rows = [row for row in rows if "ncu" in row]
+    if not rows:
+        return ""
+    text = "\nUnder ncu, one launch: memory, L2, shared memory and tensor cores as % of what they can do, issue slots in use, warps " \
+           "as % of what fits, and what the warps of the longest kernel wait for\n\n"
+    text += "| variant | kernel µs | GB read | GB written | memory | L2 | shared | tensor | issue | warps | waits for |\n"
+    text += "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |\n"
+    for row in rows:
+        says = row["ncu"]
+        cells = [row["variant"], us_text(says["ns"] * 1e-3), f"{says['read'] * 1e-9:.2f}", f"{says['written'] * 1e-9:.2f}"]
+        cells += [f"{says[name]:.0f}" if name in says else "" for name in ("dram", "l2", "shared", "tensor", "issue", "warps")]
+        cells.append(", ".join(f"{reason} {share} %" for reason, share in says["waits"].items()))
+        text += "| " + " | ".join(cell(c) for c in cells) + " |\n"
     return text
 
 
@@ -374,7 +472,7 @@ def command_write(options):
         if drawn or (folder / f"{op}.png").exists():
             text += f"\n![{op}]({op}.png)\n"
         for (dtype, shape), table in tables.items():
-            text += f"\n## {dtype}, {shape}\n\n{head_of(table)}\n\n{table_text(table)}"
+            text += f"\n## {dtype}, {shape}\n\n{head_of(table)}\n\n{table_text(table)}{ncu_text(table)}"
         (folder / f"{op}.md").write_text(text)
     for (name, _), program in programs.items():
         if program.get("text") and program["code"] == 0:  # no table of rows: what it printed
@@ -432,6 +530,7 @@ def main():
     run.add_argument("--out", type=Path, default=Path("results.jsonl"), help="beside it, .txt: what was printed")
     run.add_argument("--seconds", type=float, default=480, help="for all of it, about (480)")
     run.add_argument("--selftest", help="the self-test, run first")
+    run.add_argument("--ncu", type=float, default=0, metavar="SECONDS", help="about so long, each variant once under ncu (0: not)")
     run.add_argument("--peers", help="peers.py, run last")
     run.set_defaults(run=command_run)
     write = commands.add_parser("write", help="tables and charts from results.jsonl")

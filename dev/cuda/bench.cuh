@@ -287,16 +287,25 @@ struct BenchProgram {
         run->bench.release();
     }
 
+    // each variant once, between its marks when there are several: a profile is a list of kernels, of which it says no more than
+    // the name
     static void profile(BenchRun* run) {
+        int selected = 0;
+        for (const BenchCandidate& v : run->candidates) selected += v.selected;
         for (const BenchCandidate& v : run->candidates) {
             if (!v.selected) continue;
-            if (!v.refusal.empty()) die("%s: not here: %s", v.name, v.refusal.c_str());
+            if (!v.refusal.empty() && selected == 1) die("%s: not here: %s", v.name, v.refusal.c_str());
+            if (!v.refusal.empty()) continue;
             const int block = run->options.block ? run->options.block : v.blocks[0];
             run->bench.restore();
             bench_flush(run->bench.stream);
             bench_wait(run);
             run->running = v.name, run->running_block = block;
             cuda_check(cudaProfilerStart());
+            if (selected > 1) {
+                bench_next_variant_kernel<<<1, 1, 0, run->bench.stream>>>();
+                launch_check();
+            }
             v.launch(block, run->bench.stream);
             bench_wait(run);
             cuda_check(cudaProfilerStop());
