@@ -130,7 +130,7 @@ static const Option option_table[] = {
     { "special",         OPTION_FLAG,   FIELD(special),          TOKENIZE,                 0, 0,      "",     "special tokens in the text are recognised, not spelled out" },
 #ifdef __CUDACC__
     { "attention",       OPTION_CHOICE, FIELD(attention),        TRAIN|EVAL,               0, 0,      "auto|cudnn|flash|hopper|mma|reference", "who computes attention; auto: the fastest, flash: our own, hopper or mma" },
-    { "fast-attention",  OPTION_FLAG,   FIELD(fast_attention),   TRAIN,                    0, 0,      "",     "cudnn's faster backward pass, whose bits differ from run to run" },
+    { "fast-attention",  OPTION_FLAG,   FIELD(fast_attention),   TRAIN,                    0, 0,      "",     "attention's backward pass adds up dq in any order: faster, other bits at each run" },
     { "recompute",       OPTION_CHOICE, FIELD(recompute),        TRAIN,                    0, 0,      "none|norms|ffn|block", "what the backward pass computes again, to keep less" },
     { "moments",         OPTION_CHOICE, FIELD(moments),          TRAIN,                    0, 0,      "fp32|bf16", "type of AdamW's moments" },
     { "master",          OPTION_CHOICE, FIELD(master),           TRAIN,                    0, 0,      "fp32|none", "what updates go to: fp32 master weights, or the bf16 weights, rounded at random" },
