@@ -274,9 +274,9 @@ __device__ __forceinline__ float flash_row_sum(float x) {
 
 // the block starts to copy ROWS rows of x, ld apart, of which the first `rows` exist; the others become zeros. A thread's
 // rows are a multiple of 8 apart, so that their chunks have the same place
-template <int HD, int ROWS>
+template <int HD, int ROWS, int THREADS = FLASH_THREADS>
 __device__ __forceinline__ void flash_tile_load(uint32_t tile, const floatX* x, size_t ld, int rows) {
-    constexpr int LANES = flash_lanes(HD), STEP = FLASH_THREADS / LANES; // rows copied at once
+    constexpr int LANES = flash_lanes(HD), STEP = THREADS / LANES; // rows copied at once
     static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "whole steps, each of whole squares");
     const int row = threadIdx.x / LANES, chunk = threadIdx.x % LANES;
     if (chunk >= HD / 8) return;

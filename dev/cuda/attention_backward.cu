@@ -67,7 +67,7 @@ struct Problem {
     AttentionShape s;
     floatX *qkv, *out, *dout, *dqkv;
     float* lse;
-    float *dot, *dq; // (B, NH, T), (B*T, NH*HD)
+    float *dot, *dq; // (B, NH, T); (B*T, NH*HD), or (B, NH, tiles of 64 queries, 64*HD)
     unsigned* turns; // (B, NH, tiles of 64 queries), then the counter of tickets
     char* scratch;
     size_t room; // its bytes
@@ -104,8 +104,9 @@ static Problem setup(Bench* bench, const Shape* s) {
     p.dqkv = bench->output<floatX>("dqkv", n * (size_t)row_of(&p.s), (double)s->T * s->NH / s->NKV,
                                    2); // p and ds, as factors
     p.dot = bench->scratch<float>(n * s->NH);
-    p.dq = bench->scratch<float>(n_out);
-    p.turns = (unsigned*)bench->scratch<float>((size_t)s->B * s->NH * (size_t)ceil_div(s->T, 64) + 1);
+    const size_t tiles = (size_t)s->B * s->NH * (size_t)ceil_div(s->T, 64);
+    p.dq = bench->scratch<float>(tiles * 64 * s->HD);
+    p.turns = (unsigned*)bench->scratch<float>(tiles + 1);
     p.room = attention_scratch(ATTENTION_REFERENCE, p.s, true);
 #ifdef USE_CUDNN
     Error why;
@@ -446,6 +447,271 @@ static void dq_in_order(const Problem* p, int, cudaStream_t stream) { columns<DQ
 
 static void dq_second_pass(const Problem* p, int, cudaStream_t stream) { columns<DQ_LATER>(p, stream); }
 
+// ---- dq_wide_atomics --------------------------------------------------------------------------
+// idea    dq_atomics with what held it back halved: a fragment serves 32 keys, not 16, and a part of dq is the sum over 128 keys,
+//         not 64. A warp owns the dk and dv of 32 keys at HD 64; at HD 128 a pair of warps does, as in production. dS waits in
+//         shared memory for the next step, whose barrier is then the only one. dq lies in the order of the accumulators, so
+//         that a warp adds 512 neighbouring bytes an instruction (sm_90), and is put in order when it is rounded
+// limit   the fifth product: dq is cut into parts of 32 queries by 32 columns, for which shared memory gives 256 bytes a mma
+//         (production's four: 160); and the bits differ from run to run
+
+enum { WIDE_KEYS = 128, WIDE_TILE = 64, WIDE_BUFFERS = 2 }; // of dS: with one, a second barrier a step
+__host__ __device__ constexpr int wide_warps(int HD) { return HD / 16; } // of a block; each has 32 x 32 of dQ's 64 x HD
+
+// K and V; two buffers of Q and of dO; dS^T, rows of 64 queries; two buffers of lse and of dot
+template <int HD>
+constexpr size_t wide_shared = (size_t)(2 * WIDE_KEYS + 4 * WIDE_TILE) * flash_pitch(HD) +
+                               WIDE_BUFFERS* WIDE_KEYS * 128 + 4 * WIDE_TILE * sizeof(float);
+
+#if __CUDA_ARCH__ >= 900
+#define WIDE_RED 1
+#else
+#define WIDE_RED 0
+#endif
+
+// a warp adds 128 numbers, 4 a lane, to those at `to`: those of a lane are neighbours where an instruction takes four, else 32
+// apart
+__device__ __forceinline__ void wide_add(float* to, const float (&x)[4], int lane) {
+#if WIDE_RED
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + lane * 4), "f"(x[0]), "f"(x[1]),
+                 "f"(x[2]), "f"(x[3]));
+#else
+#pragma unroll
+    for (int e = 0; e < 4; e++) atomicAdd(to + e * WARP + lane, x[e]);
+#endif
+}
+
+// a warp's p (32, 64), the a of a product, goes to 32 swizzled rows of 128 bytes; at: the rows' flash_by_rows<64>
+__device__ __forceinline__ void wide_store(uint32_t at, const uint32_t (&p)[2][4][4], int lane) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+#if WIDE_RED
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                             (at ^ (uint32_t)(32 * k)) + m * 16 * 128),
+                         "r"(p[m][k][0]), "r"(p[m][k][1]), "r"(p[m][k][2]), "r"(p[m][k][3])
+                         : "memory");
+#else
+            const uint32_t rows = at - flash_by_rows<64>(lane) + (uint32_t)((m * 16 + lane / 4) * 128 + lane % 4 * 4);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                flash_store(rows + i % 2 * 8 * 128 + ((2 * k + i / 2) ^ lane / 4) * 16, p[m][k][i]);
+#endif
+        }
+}
+
+__device__ __forceinline__ void wide_load(uint32_t (&p)[2][4][4], uint32_t at) {
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) flash_ldmatrix(p[m][k], (at ^ (uint32_t)(32 * k)) + m * 16 * 128);
+}
+
+// p = P^T, rounded, from S^T; lse: that of this lane's queries, 8 apart
+__device__ __forceinline__ void wide_powers(uint32_t (&p)[2][4][4], float (&s)[2][8][4], uint32_t lse, float c) {
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        float l[2];
+        flash_load(l, lse + n * 32);
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                s[m][n][e] = flash_exp2(s[m][n][e] * c - l[e % 2] * 1.4426950408889634f);
+    }
+#pragma unroll
+    for (int m = 0; m < 2; m++) flash_round<WIDE_TILE>(p[m], s[m]);
+}
+
+// p = dS^T from P^T and dP^T
+__device__ __forceinline__ void wide_ds(uint32_t (&p)[2][4][4], const float (&dp)[2][8][4], uint32_t dot) {
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        float d[2];
+        flash_load(d, dot + n * 32);
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                uint32_t& pe = p[m][n / 2][n % 2 * 2 + e / 2];
+                pe = flash_pack(flash_low(pe) * (dp[m][n][e] - d[0]), flash_high(pe) * (dp[m][n][e + 1] - d[1]));
+            }
+    }
+}
+
+// 128 keys of one key/value head; grid (B*NKV, tiles of keys, the first first)
+template <int HD>
+static __global__ void __launch_bounds__(wide_warps(HD) * WARP, HD <= 64 ? 2 : 1) wide_kernel(Columns x) {
+    constexpr int N = WIDE_TILE, WARPS = wide_warps(HD), THREADS = WARPS * WARP;
+    constexpr bool PAIRS = HD > 64;
+    constexpr uint32_t TILE = N * flash_pitch(HD), DS = WIDE_KEYS * 128;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, T = x.T, G = x.NH / x.NKV;
+    const int g = blockIdx.x % x.NKV, b = blockIdx.x / x.NKV, j0 = (int)blockIdx.y * WIDE_KEYS;
+    // this warp's 32 keys; of a pair, the first computes P^T and dV, the second dP^T and dK. A scheduler gets one of each
+    const int unit = PAIRS ? warp / 2 : warp, first = unit * FLASH_ROWS;
+    const bool second = PAIRS && (warp + warp / 4) % 2;
+    const int ld = (x.NH + 2 * x.NKV) * HD, ldo = x.NH * HD;
+    const size_t row = (size_t)b * T;
+    const floatX *k = x.qkv + (row + j0) * ld + (size_t)(x.NH + g) * HD, *v = k + (size_t)x.NKV * HD;
+    const uint32_t k_tile = flash_shared(), v_tile = k_tile + 2 * TILE, q_tile = v_tile + 2 * TILE,
+                   do_tile = q_tile + 2 * TILE, ds_tile = do_tile + 2 * TILE, lse_tile = ds_tile + WIDE_BUFFERS * DS,
+                   dot_tile = lse_tile + 2 * N * 4;
+    const uint32_t by_rows = flash_by_rows<HD>(lane), by_columns = flash_by_columns<HD>(lane),
+                   own = (uint32_t)(first * flash_pitch(HD)) + by_rows;
+    auto load = [&](int h, int t0, uint32_t buffer) {
+        const size_t at = ((size_t)b * x.NH + h) * T + t0;
+        const int i = threadIdx.x % N, rows = T - t0;
+        flash_tile_load<HD, N, THREADS>(q_tile + buffer * TILE, x.qkv + (row + t0) * ld + (size_t)h * HD, ld, rows);
+        flash_tile_load<HD, N, THREADS>(do_tile + buffer * TILE, x.dout + (row + t0) * ldo + (size_t)h * HD, ldo, rows);
+        if (threadIdx.x < 2 * N)
+            flash_copy((threadIdx.x < N ? lse_tile : dot_tile) + (buffer * N + i) * 4,
+                       (threadIdx.x < N ? x.lse : x.dot) + at + (i < rows ? i : 0), i < rows);
+    };
+    // this warp's 32 queries by 32 columns of dQ = dS · K, over `keys` keys
+    auto add = [&](int tile, int keys, uint32_t buffer) {
+        const uint32_t ds = ds_tile + (WIDE_BUFFERS == 2 ? buffer * DS : 0),
+                       a = ds + (flash_by_columns<64>(lane) ^ (uint32_t)(warp % 2 * 64)),
+                       right = k_tile + (by_rows ^ (uint32_t)(warp / 2 * 64));
+        float dq[2][4][4] = {};
+#pragma unroll
+        for (int i = 0; i < WIDE_KEYS; i += 16) {
+            if (i == N && keys == N) break;
+            uint32_t fa[2][4], fb[4];
+#pragma unroll
+            for (int m = 0; m < 2; m++) flash_ldmatrix_transposed(fa[m], (a ^ (uint32_t)(32 * m)) + i * 128);
+#pragma unroll
+            for (int n = 0; n < 32; n += 16) {
+                flash_ldmatrix_transposed(fb, (right ^ (uint32_t)(2 * n)) + i * flash_pitch(HD));
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    flash_mma(dq[m][n / 8], fa[m], fb[0], fb[1]);
+                    flash_mma(dq[m][n / 8 + 1], fa[m], fb[2], fb[3]);
+                }
+            }
+        }
+        float* to = x.dq + ((size_t)tile * WARPS + warp) * 1024;
+#pragma unroll
+        for (int i = 0; i < 8; i++) wide_add(to + i * 128, dq[i / 4][i % 4], lane);
+    };
+
+    float sum[PAIRS ? 1 : 2][2][HD / 8][4] = {}; // dV, dK; or one of them
+    const float c = x.scale * 1.4426950408889634f;
+    flash_tile_load<HD, WIDE_KEYS, THREADS>(k_tile, k, ld, T - j0);
+    flash_tile_load<HD, WIDE_KEYS, THREADS>(v_tile, v, ld, T - j0);
+    load(g * G, j0, 0);
+    const int tiles = (T + N - 1) / N;
+    uint32_t buffer = 0;
+    int to = 0, keys = 0; // the last step's tile of dQ, and how many keys it sees: on the diagonal 64, then all
+    for (int h = g * G; h < (g + 1) * G; h++)
+        for (int t0 = j0; t0 < T; t0 += N, buffer ^= 1) {
+            flash_copies_wait();
+            __syncthreads();
+            const bool more = t0 + N < T;
+            if (more || h + 1 < (g + 1) * G) load(h + !more, more ? t0 + N : j0, buffer ^ 1);
+            if (keys) add(to, keys, buffer ^ 1);
+            if (WIDE_BUFFERS == 1) __syncthreads();
+            keys = t0 == j0 ? N : WIDE_KEYS;
+            to = (b * x.NH + h) * tiles + t0 / N;
+            if (first >= keys) continue; // none of these queries sees this warp's keys
+
+            const uint32_t q = q_tile + buffer * TILE, dout = do_tile + buffer * TILE;
+            const uint32_t lse = lse_tile + (buffer * N + lane % 4 * 2) * 4, dot = lse + 2 * N * 4;
+            const uint32_t mine = ds_tile + (WIDE_BUFFERS == 2 ? buffer * DS : 0) + first * 128 + flash_by_rows<64>(lane);
+            float s[2][N / 8][4] = {};
+            uint32_t p[2][N / 16][4];
+            flash_dot<HD, N>(s, (second ? v_tile : k_tile) + own, (second ? dout : q) + by_columns);
+            if (!second) {
+                if (t0 - j0 - first < FLASH_ROWS - 1) flash_mask<N, true>(s, t0 - j0 - first, lane);
+                wide_powers(p, s, lse, c);
+            }
+            if (PAIRS) {
+                if (!second) {
+                    wide_store(mine, p, lane);
+                    asm volatile("bar.arrive %0, 64;" ::"r"(unit + 1) : "memory");
+                } else { // dS^T takes the place of P^T
+                    asm volatile("bar.sync %0, 64;" ::"r"(unit + 1) : "memory");
+                    wide_load(p, mine);
+                    wide_ds(p, s, dot);
+                    wide_store(mine, p, lane);
+                }
+                flash_multiply<HD, N>(sum[0], p, (second ? q : dout) + by_rows);
+            } else {
+                flash_multiply<HD, N>(sum[0], p, dout + by_rows);
+                float dp[2][N / 8][4] = {};
+                flash_dot<HD, N>(dp, v_tile + own, dout + by_columns);
+                wide_ds(p, dp, dot);
+                wide_store(mine, p, lane);
+                flash_multiply<HD, N>(sum[PAIRS ? 0 : 1], p, q + by_rows);
+            }
+        }
+    __syncthreads();
+    add(to, keys, buffer ^ 1);
+#pragma unroll
+    for (int i = 0; i < (PAIRS ? 1 : 2); i++) {
+        const bool is_dk = PAIRS ? second : i == 1;
+        const float scale = is_dk ? x.scale : 1;
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int n = 0; n < HD / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) sum[i][m][n][e] *= scale;
+        floatX* dx = x.dqkv + (row + j0 + first) * ld + (size_t)(x.NH + (is_dk ? 0 : x.NKV) + g) * HD;
+        // through Q and dO, which no warp reads any more
+        flash_tile_store<HD>(dx, ld, T - j0 - first, sum[i], q_tile + warp * FLASH_ROWS * flash_pitch(HD), lane);
+    }
+}
+
+// dQ in order, scaled and rounded: a block a tile, 8 columns of 2 rows a thread
+template <int HD>
+static __global__ void __launch_bounds__(wide_warps(HD) * 64)
+    wide_round_kernel(floatX* dqkv, const float* dq, int T, int tiles, int NH, int64_t ld, float scale) {
+    const int tile = blockIdx.x % tiles, h = blockIdx.x / tiles % NH, b = blockIdx.x / tiles / NH;
+    const int n = threadIdx.x % 4, r = threadIdx.x / 4 % 8, m = threadIdx.x / WARP % 2, warp = threadIdx.x / 64;
+    const float* from = dq + ((size_t)blockIdx.x * wide_warps(HD) + warp) * 1024 + (m * 4 + n) * 128;
+    const int t = tile * WIDE_TILE + warp % 2 * 32 + m * 16 + r;
+    floatX* to = dqkv + ((int64_t)b * T + t) * ld + (int64_t)h * HD + warp / 2 * 32 + n * 8;
+    float x[4][4]; // the numbers e of the lanes 4*r + i: as wide_add puts them
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float4 four = __ldcs((const float4*)(from + (WIDE_RED ? (4 * r + i) * 4 : i * WARP + 4 * r)));
+        const float f[4] = { four.x, four.y, four.z, four.w };
+#pragma unroll
+        for (int j = 0; j < 4; j++) x[WIDE_RED ? i : j][WIDE_RED ? j : i] = f[j] * scale;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e += 2)
+        if (t + e * 4 < T)
+            *(uint4*)(to + e * 4 * ld) = make_uint4(flash_pack(x[0][e], x[0][e + 1]), flash_pack(x[1][e], x[1][e + 1]),
+                                                    flash_pack(x[2][e], x[2][e + 1]), flash_pack(x[3][e], x[3][e + 1]));
+}
+
+template <int HD>
+static void wide_launch(const Problem* p, cudaStream_t stream) {
+    const AttentionShape s = p->s;
+    const int tiles = (int)ceil_div(s.T, WIDE_TILE);
+    const size_t all = (size_t)s.B * s.NH * tiles;
+    const Columns c = { p->dqkv, p->dq, NULL, NULL, p->dout, p->qkv, p->lse, p->dot, s.T, s.NH, s.NKV,
+                        1 / sqrtf((float)HD) };
+    flash_backward_dot<HD>(p->dot, p->dout, p->out, s, stream);
+    cuda_check(cudaMemsetAsync(p->dq, 0, all * WIDE_TILE * HD * sizeof(float), stream));
+    flash_allow(wide_kernel<HD>, wide_shared<HD>);
+    const dim3 grid((unsigned)(s.B * s.NKV), (unsigned)ceil_div(s.T, WIDE_KEYS));
+    wide_kernel<HD><<<grid, wide_warps(HD) * WARP, wide_shared<HD>, stream>>>(c);
+    launch_check();
+    wide_round_kernel<HD><<<(unsigned)all, wide_warps(HD) * 64, 0, stream>>>(p->dqkv, p->dq, s.T, tiles, s.NH,
+                                                                            row_of(&p->s), c.scale);
+    launch_check();
+}
+
+static void dq_wide_atomics(const Problem* p, int, cudaStream_t stream) {
+    if (p->s.HD == 64)
+        wide_launch<64>(p, stream);
+    else
+        wide_launch<128>(p, stream);
+}
+
 // ---- hopper -----------------------------------------------------------------------------------
 // idea    wgmma: two warpgroups share 128 keys; dS passes through shared memory as a factor of dK and of dQ. Five products: a
 //         warp of its own hands parts of dQ to the copy engine, which adds them in the L2 cache, in the order of the keys (turns, as
@@ -511,6 +777,7 @@ static const Variant<Problem> variants[] = {
     { "dq_atomics",     dq_atomics,      { 0 },         "tiles, tensor cores; dq added up by atomics" },
     { "dq_in_order",    dq_in_order,     { 0 },         "dq added up block by block: the same bits at each run" },
     { "dq_second_pass", dq_second_pass,  { 0 },         "dq by blocks of its own, 7 products instead of 5" },
+    { "dq_wide_atomics", dq_wide_atomics, { 0 },        "dq_atomics of 128 keys, 32 to a warp or a pair, 16 bytes a lane" },
     { "production",     production,      { 0 },         "llmc/attention_flash.cuh: pairs of warps, 32 rows" },
     { "hopper",         hopper,          { 0 },         "llmc/attention_hopper.cuh: wgmma, dq added up by the copy engine", hopper_takes },
     { "hopper_any_order", hopper_any_order, { 0 },      "hopper, dq added up as blocks come: no turns", hopper_takes },
