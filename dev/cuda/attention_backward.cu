@@ -568,15 +568,14 @@ static __global__ void __launch_bounds__(wide_warps(HD) * WARP, HD <= 64 ? 2 : 1
             flash_copy((threadIdx.x < N ? lse_tile : dot_tile) + (buffer * N + i) * 4,
                        (threadIdx.x < N ? x.lse : x.dot) + at + (i < rows ? i : 0), i < rows);
     };
-    // this warp's 32 queries by 32 columns of dQ = dS · K, over `keys` keys
-    auto add = [&](int tile, int keys, uint32_t buffer) {
+    // this warp's 32 queries by 32 columns of dQ = dS · K
+    auto add = [&](int tile, uint32_t buffer) {
         const uint32_t ds = ds_tile + (WIDE_BUFFERS == 2 ? buffer * DS : 0),
                        a = ds + (flash_by_columns<64>(lane) ^ (uint32_t)(warp % 2 * 64)),
                        right = k_tile + (by_rows ^ (uint32_t)(warp / 2 * 64));
         float dq[2][4][4] = {};
 #pragma unroll
         for (int i = 0; i < WIDE_KEYS; i += 16) {
-            if (i == N && keys == N) break;
             uint32_t fa[2][4], fb[4];
 #pragma unroll
             for (int m = 0; m < 2; m++) flash_ldmatrix_transposed(fa[m], (a ^ (uint32_t)(32 * m)) + i * 128);
@@ -602,24 +601,25 @@ static __global__ void __launch_bounds__(wide_warps(HD) * WARP, HD <= 64 ? 2 : 1
     load(g * G, j0, 0);
     const int tiles = (T + N - 1) / N;
     uint32_t buffer = 0;
-    int to = 0, keys = 0; // the last step's tile of dQ, and how many keys it sees: on the diagonal 64, then all
+    int to = -1; // the last step's tile of dQ
     for (int h = g * G; h < (g + 1) * G; h++)
         for (int t0 = j0; t0 < T; t0 += N, buffer ^= 1) {
             flash_copies_wait();
             __syncthreads();
             const bool more = t0 + N < T;
             if (more || h + 1 < (g + 1) * G) load(h + !more, more ? t0 + N : j0, buffer ^ 1);
-            if (keys) add(to, keys, buffer ^ 1);
+            if (to >= 0) add(to, buffer ^ 1);
             if (WIDE_BUFFERS == 1) __syncthreads();
-            keys = t0 == j0 ? N : WIDE_KEYS;
             to = (b * x.NH + h) * tiles + t0 / N;
-            if (first >= keys) continue; // none of these queries sees this warp's keys
-
             const uint32_t q = q_tile + buffer * TILE, dout = do_tile + buffer * TILE;
             const uint32_t lse = lse_tile + (buffer * N + lane % 4 * 2) * 4, dot = lse + 2 * N * 4;
             const uint32_t mine = ds_tile + (WIDE_BUFFERS == 2 ? buffer * DS : 0) + first * 128 + flash_by_rows<64>(lane);
             float s[2][N / 8][4] = {};
-            uint32_t p[2][N / 16][4];
+            uint32_t p[2][N / 16][4] = {};
+            if (first >= t0 - j0 + N) { // none of these queries sees this warp's keys
+                wide_store(mine, p, lane);
+                continue;
+            }
             flash_dot<HD, N>(s, (second ? v_tile : k_tile) + own, (second ? dout : q) + by_columns);
             if (!second) {
                 if (t0 - j0 - first < FLASH_ROWS - 1) flash_mask<N, true>(s, t0 - j0 - first, lane);
@@ -646,7 +646,7 @@ static __global__ void __launch_bounds__(wide_warps(HD) * WARP, HD <= 64 ? 2 : 1
             }
         }
     __syncthreads();
-    add(to, keys, buffer ^ 1);
+    add(to, buffer ^ 1);
 #pragma unroll
     for (int i = 0; i < (PAIRS ? 1 : 2); i++) {
         const bool is_dk = PAIRS ? second : i == 1;
