@@ -2,7 +2,7 @@
 Cross-entropy of long rows on Hopper: each logit is read once and each gradient written once, by clusters of blocks that keep
 a row in shared memory. Formulas and semantics are cross_entropy.h's, which includes this.
 
-A cluster       1 to 8 blocks share a row and stay for many rows, those with n % clusters = the cluster's number; each has the same
+A cluster       2 to 8 blocks share a row and stay for many rows, those with n % clusters = the cluster's number; each has the same
                 part of every row
 A block         a warp of its own, of which one thread has the copy engine bring chunks of 16 KB into a ring in shared memory, as
                 fast as places become free, of this row and the next one alike. The other warps add up the chunks as they
@@ -78,7 +78,7 @@ struct CrossEntropyRing {
     static CrossEntropyPlan plan(int V, int part_chunks) {
         const int packs = (int)ceil_div(V, PACK);
         CrossEntropyPlan plan = {};
-        int blocks = 1;
+        int blocks = packs < 2 ? 1 : 2; // a cluster of one may not send to itself by the rules of memcheck
         while (blocks < CROSS_ENTROPY_RING_BLOCKS && blocks * part_chunks * CROSS_ENTROPY_RING_PACKS < packs) blocks *= 2;
         if (blocks * part_chunks * CROSS_ENTROPY_RING_PACKS < packs) return plan;
         plan.blocks = blocks;

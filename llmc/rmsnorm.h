@@ -146,9 +146,10 @@ __device__ __forceinline__ PackX rmsnorm_scale(PackX x, float r, PackX w) {
 }
 
 // RESIDUAL: sum = a + b, and x is the sum; else x is a. A block to a row, whose loads are all under way at once, and which waits
-// in registers, w beside it: asked for after the sum, w would be one more wait before anything goes out. WARPS: a row is a
-// warp's, threadIdx.y one of those of the block. mean: 1 / C. sum may be a
-template <bool RESIDUAL, int PACKS, bool WARPS>
+// in registers. EARLY: w beside it; asked for after the sum, it is one more wait before anything goes out, which only the many
+// small blocks of short rows hide from each other. WARPS: a row is a warp's, threadIdx.y one of those of the block. mean: 1 / C.
+// sum may be a
+template <bool RESIDUAL, int PACKS, bool EARLY, bool WARPS>
 static __global__ void __launch_bounds__(512)
     rmsnorm_forward_kernel(floatX* sum, floatX* y, float* r, const floatX* a, const floatX* b, const floatX* w, int N,
                            int C, float mean, float eps) {
@@ -167,7 +168,7 @@ static __global__ void __launch_bounds__(512)
     }
 #pragma unroll
     for (int k = 0; k < PACKS; k++)
-        if (first + k * step < C) weight[k] = pack_load(w + first + k * step);
+        if (EARLY && first + k * step < C) weight[k] = pack_load(w + first + k * step);
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
         const int c = first + k * step;
@@ -180,11 +181,12 @@ static __global__ void __launch_bounds__(512)
     squares = WARPS ? warp_sum(squares) : block_sum(squares);
     const float rn = rsqrtf(squares * mean + eps);
     if (threadIdx.x == 0) r[n] = rn;
-    rmsnorm_forget(x), rmsnorm_forget(weight);
+    rmsnorm_forget(x);
+    if (EARLY) rmsnorm_forget(weight);
 #pragma unroll
     for (int k = 0; k < PACKS; k++) {
         const int c = first + k * step;
-        if (c < C) pack_store(y + row + c, rmsnorm_scale(x[k], rn, weight[k]));
+        if (c < C) pack_store(y + row + c, rmsnorm_scale(x[k], rn, EARLY ? weight[k] : pack_load(w + c)));
     }
 }
 
@@ -221,21 +223,23 @@ static inline void rmsnorm_forward_any(floatX* sum, floatX* y, float* r, const f
     const int packs = max(rmsnorm_packs(C, 8), rmsnorm_packs(C, 8) && rmsnorm_threads(C, 4) >= 128 ? 4 : 0);
     const int threads = packs ? rmsnorm_threads(C, packs) : 1024;
     const float mean = 1.0f / C;
+    const bool early = RESIDUAL || threads > 128;
+    const dim3 grid((unsigned)N), block((unsigned)threads);
     if (threads == WARP)
-        rmsnorm_forward_kernel<RESIDUAL, 2, true>
+        rmsnorm_forward_kernel<RESIDUAL, 2, true, true>
             <<<(unsigned)ceil_div(N, 4), dim3(WARP, 4), 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+    else if (packs == 2 && !early)
+        rmsnorm_forward_kernel<RESIDUAL, 2, false, false><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
     else if (packs == 2)
-        rmsnorm_forward_kernel<RESIDUAL, 2, false>
-            <<<(unsigned)N, (unsigned)threads, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+        rmsnorm_forward_kernel<RESIDUAL, 2, true, false><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+    else if (packs == 4 && !early)
+        rmsnorm_forward_kernel<RESIDUAL, 4, false, false><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
     else if (packs == 4)
-        rmsnorm_forward_kernel<RESIDUAL, 4, false>
-            <<<(unsigned)N, (unsigned)threads, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+        rmsnorm_forward_kernel<RESIDUAL, 4, true, false><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
     else if (packs == 8)
-        rmsnorm_forward_kernel<RESIDUAL, 8, false>
-            <<<(unsigned)N, (unsigned)threads, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
+        rmsnorm_forward_kernel<RESIDUAL, 8, true, false><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, N, C, mean, eps);
     else
-        rmsnorm_forward_long_kernel<RESIDUAL>
-            <<<(unsigned)N, (unsigned)threads, 0, stream>>>(sum, y, r, a, b, w, C, mean, eps);
+        rmsnorm_forward_long_kernel<RESIDUAL><<<grid, block, 0, stream>>>(sum, y, r, a, b, w, C, mean, eps);
     launch_check();
 }
 

@@ -127,22 +127,23 @@ def what_ncu_says(kernels):
 
 
 def profiled(options, programs, out, note, log):
-    """each variant of each program once under ncu, on one of its shapes"""
+    """each variant of each program once under ncu, on one of its shapes; the programs that take longest last"""
     deadline = time.monotonic() + options.ncu
-    ops = tables_of(list(read_results(out)[2]))
-    for program in programs:
+    _, notes, rows = read_results(out)
+    ops = tables_of(rows)
+    for program in sorted(programs, key=lambda path: notes.get(tuple(Path(path).name.rsplit("-", 1)), {}).get("seconds", 0)):
         op, _, precision = Path(program).name.rpartition("-")
         left = deadline - time.monotonic()
         keys = chosen_shapes(ops.get(op, {}), precision.lower())
         if not keys or left < 5:
             continue
         shape, rows = keys[-1][1], ops[op][keys[-1]]
-        names = [row["variant"] for row in rows if timed(row) and row["kind"] != "peer" and row["median_us"] < 50000]
+        names = [row["variant"] for row in rows if timed(row) and row["kind"] != "peer" and row["median_us"] < 8000]
         command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw", "--print-units", "base",
                    "--section", "WarpStateStats", "--metrics", ",".join(METRICS.values()),
                    program, "--only", ",".join(names), "--shape", shape, "--profile"]
         with open(log.name + ".ncu", "w") as own:  # its output is a table that nobody wants to see
-            code, text, _ = run_one(command, min(40.0, left), own, quiet=True)
+            code, text, _ = run_one(command, min(25.0, left), own, quiet=True)
         variants = []
         for kernel in kernels_of(text):
             if "bench_next_variant" in kernel["Kernel Name"] or not variants:
