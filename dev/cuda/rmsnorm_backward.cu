@@ -29,7 +29,7 @@ Reached         H200, bf16, % of a copy; "dres" with the residual gradient; - wh
                     cluster             68.5        82.4        90.3        93.3        80.8        89.0        84.0
                     production          85.7        91.7        94.2        94.1        88.4        93.7        98.0
 
-                Lost: tickets, behind side_by_side on most shapes without dres; cluster, where rows are short; row_ahead at
+                Lost: tickets on every shape without dres; cluster on short rows, and with dres at C 16384; row_ahead at
                 C 8192, for want of registers; one_launch and early_sum are within 2 % of side_by_side
 Metrics         lts__t_sectors_op_red (atomics), dram__bytes_read (two_kernels: x and dy twice),
                 smsp__average_warps_issue_stalled_barrier (cluster, pack_each), smsp__warps_issue_stalled_long_scoreboard
