@@ -14,27 +14,35 @@ The question    a tile of ds is a factor of dk (a sum down its columns) and of d
                 twice: 7 products instead of 5
 FLOPs           5 * B*NH*HD * T^2: five products of 2*HD for each of T^2/2 pairs, whatever a kernel does twice
 The floor       at some 700 TFLOP/s: HD 128, B 4, T 4096 is 1.37 TFLOP, 2.0 ms. All arrays together are 0.9 GB, 0.2 ms
-Measured        H200, bf16, TFLOP/s; unfused, dq_in_order and dq_second_pass in another run than the rest
+Measured        H200, bf16, TFLOP/s, all in one run
 
                                         1B      1B long     8B      8B long     HD 64, B 4 T 4096; B 2 T 8192; HD 128, the same
-                unfused                 38      46          73      89
-                dq_atomics              220     227         222     231
-                dq_in_order             66      65          62      62
-                dq_second_pass          231     233         233     242
-                production              241     246         265     272
-                hopper                  384     410         425     439
-                hopper_any_order        390     436         423     465
-                cudnn                   261     286         388     411         reproducible
-                cudnn_any_order         376     406         463     499
-                hopper / cudnn          1.47    1.43        1.10    1.07
-                hopper / cudnn_any_o.   1.02    1.01        0.92    0.88
-                any order, both         1.04    1.07        0.91    0.93
+                unfused                 38      45          72      88
+                dq_atomics              218     225         220     229
+                dq_in_order             66      65          61      60
+                dq_second_pass          233     232         237     248
+                dq_wide_atomics         303     320         313     334
+                production              239     243         261     270
+                FlashAttention-2        241     259         277     294
+                hopper                  379     407         414     446
+                hopper_any_order        394     433         427     462
+                cudnn                   260     286         380     405             reproducible
+                cudnn_any_order         373     403         448     487
+                dq_wide / FlashAttn-2   1.26    1.24        1.13    1.14
+                dq_wide / production    1.27    1.32        1.20    1.24
+                hopper / cudnn          1.46    1.42        1.09    1.10
+                hopper / cudnn_any_o.   1.02    1.01        0.92    0.91
+                any order, both         1.06    1.07        0.95    0.95
 
-The answer      with mma.sync, nobody: two products more cost less than atomics, and much less than turns that all warps of a
-                block wait for. With wgmma, in order: the copy engine adds and one thread waits, while the products go on
+The answer      with mma.sync, nobody, if the bits must be the same at each run: two products more cost less than the atomics of
+                dq_atomics, and much less than turns that all warps of a block wait for. Where bits may differ from run to run,
+                atomics, with 128 keys to a block and reductions of 16 bytes: dq_wide_atomics is the fastest of the mma.sync
+                rows, FlashAttention-2 included. With wgmma, in order: the copy engine adds and one thread waits, while the
+                products go on
 
 Look at         lts__t_sectors_op_red (atomics: 4 bytes of fp32 for each 10 FLOPs and key of a tile),
-                smsp__average_warps_issue_stalled_barrier (dq_in_order: the wait for a turn), sm__pipe_tensor_cycles_active
+                smsp__average_warps_issue_stalled_barrier (dq_in_order: the wait for a turn), sm__pipe_tensor_cycles_active.
+                ncu's figures for each variant stand in results/nvidia-h200/attention_backward.md after a report with NCU=90
 */
 #ifdef USE_CUDNN
 #define YARDSTICK "cudnn"
@@ -188,7 +196,7 @@ static double flops(const Problem* p) { return 5.0 * p->s.B * p->s.NH * p->s.HD 
 
 // ---- unfused ----------------------------------------------------------------------------------
 // idea    the formulas as they stand: matrix products of the library, and a kernel for p and ds between them
-// limit   four squares of T x T in memory, 12 bytes for each pair, written once and read up to three times: 38 to 89 TFLOP/s
+// limit   four squares of T x T in memory, 12 bytes for each pair, written once and read up to three times: 38 to 88 TFLOP/s
 
 static void unfused(const Problem* p, int, cudaStream_t stream) {
     reference_attention_backward(p->dqkv, p->dout, p->qkv, p->out, p->lse, p->s, p->scratch, stream);
@@ -424,7 +432,7 @@ static void columns(const Problem* p, cudaStream_t stream) {
 
 // ---- dq_atomics -------------------------------------------------------------------------------
 // idea    p is computed again from lse, tile by tile; each block owns the dk and dv of 64 keys and adds what it has of dq to an
-//         array of fp32 by atomics: five products, nothing of the square in memory. 2.6 to 5.6 times unfused
+//         array of fp32 by atomics: five products, nothing of the square in memory. 2.6 to 5.8 times unfused
 // limit   the sums come in another order at each run, and so do their last bits; and 32 KB of atomics (HD 128) for each tile
 //         meet in the L2 cache, beside an array to be zeroed before and rounded after
 
@@ -435,13 +443,13 @@ static void dq_atomics(const Problem* p, int, cudaStream_t stream) { columns<DQ_
 //         the first writes, the last (on the diagonal) rounds. A block's number is a ticket, so that it waits only for
 //         blocks that have started
 // limit   the chain: a tile of dq passes through all the blocks above it one by one, and each turn is a way to the L2 cache and
-//         back, with the four warps at a barrier: 62 to 66 TFLOP/s, 0.3 of dq_atomics
+//         back, with the four warps at a barrier: 60 to 66 TFLOP/s, 0.26 to 0.30 of dq_atomics
 
 static void dq_in_order(const Problem* p, int, cudaStream_t stream) { columns<DQ_IN_ORDER>(p, stream); }
 
 // ---- dq_second_pass ---------------------------------------------------------------------------
 // idea    dq by blocks that walk along the rows (the step of production): they compute S and dP again, and no block needs
-//         another. 7 products instead of 5, and still 1.05 to 1.08 times dq_atomics, with the same bits at every run
+//         another. 7 products instead of 5, and still 1.03 to 1.08 times dq_atomics, with the same bits at every run
 // limit   registers: dk and dv of 16 keys, s and dp take most of 255 at HD 128, and each fragment of Q and dO that a warp
 //         fetches from shared memory serves only 16 keys
 
@@ -742,7 +750,7 @@ static void hopper_any_order(const Problem* p, int, cudaStream_t stream) {
 // ---- production -------------------------------------------------------------------------------
 // idea    (bf16) two warps share 32 keys, one computes P^T and dV, the other dP^T and dK: a fragment serves 32 keys, and the sums
 //         of a warp are half as many. dQ in a second pass
-// limit   the instruction: mma.sync reaches half of the tensor cores' rate on Hopper. 239 to 268 TFLOP/s, 1.03 to 1.11 times
+// limit   the instruction: mma.sync reaches half of the tensor cores' rate on Hopper. 239 to 270 TFLOP/s, 1.03 to 1.10 times
 //         dq_second_pass
 
 static void production(const Problem* p, int, cudaStream_t stream) {

@@ -9,10 +9,10 @@ In llmc         nothing adds alone: residual_rmsnorm_forward (llmc/rmsnorm.h) ad
                 need not be read again, and rmsnorm_backward adds the gradient of the stream where it makes dx. What is left
                 to learn here is how a kernel with nothing to compute keeps memory busy. Little's law: 4.30 TB/s for some
                 700 ns is 3 MB under way at a time, 23 KB for each of the 132 multiprocessors, of which two thirds are loads
-Reached         H200, bf16, in % of a copy: scalar 50, packs 103 (of three numbers two are read, and reading is the faster
-                half), four packs a thread the same; marked as seen once 96, resident blocks 99, the copy engine 99. The
+Reached         H200, bf16, in % of a copy: scalar 49, packs 103 (of three numbers two are read, and reading is the faster
+                half), four packs a thread the same; marked as seen once 97, resident blocks 101, the copy engine 100. The
                 simplest kernel with 16-byte loads is the best one
-Metrics         l1tex__average_t_sectors_per_request… (how many sectors a request brings: 2 of scalar bf16, 16 of 16-byte
+Metrics         l1tex__average_t_sectors_per_request (how many sectors a request brings: 2 of scalar bf16, 16 of 16-byte
                 loads), smsp__warps_issue_stalled_long_scoreboard (waiting for loads), dram__throughput
 */
 #define YARDSTICK "packs" // no module of llmc adds two arrays alone: the row that the others are measured by
@@ -142,7 +142,7 @@ static void in_flight(const Problem* p, int block, cudaStream_t stream) {
 // ---- once ------------------------------------------------------------------------------------
 // idea    the same, with loads and stores marked as seen once (ld.global.cs, st.global.cs): their lines leave the L2 cache
 //         first. in_flight_kernel<ONCE>
-// limit   a step back by 5 %: the cache has nothing better to keep, and what leaves it early is written early, between the
+// limit   a step back by 7 %: the cache has nothing better to keep, and what leaves it early is written early, between the
 //         reads. In a training step the next kernel would have found y there, too
 
 // ---- resident --------------------------------------------------------------------------------

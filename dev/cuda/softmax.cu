@@ -18,8 +18,9 @@ Passes          the largest number, then the sum, then the numbers: three readin
 Also bound by   powers: a multiprocessor makes 16 a cycle, and each number needs two where they are not kept. At the speed
                 of memory that is over half of the time
 Numerics        the top starts at the lowest float, not at 0, or a row of large negative numbers would become 0 / 0
-Reached         H200, bf16, in % of a copy: at 4096 columns warp_per_row 32, online 39, packs 92, row_in_shared 91,
-                row_in_registers 98; at 128256 warp_per_row 20, online 27, packs 70, cluster 72
+Reached         H200, bf16, in % of a copy: at 4096 columns thread_per_row 3, warp_per_row 31, block_per_row 35, online 38,
+                packs 89, row_in_shared 92, row_in_registers 99, cluster 94, cluster_ahead 70; at 128256 thread_per_row 2,
+                warp_per_row 20, block_per_row 19, online 26, packs 65, cluster 77, cluster_ahead 73, which lost
 Metrics         dram__bytes_read (1, 2 or 3 times x), smsp__inst_executed_pipe_xu (powers, and conversions),
                 lts__t_sector_hit_rate, l1tex__average_t_sectors_per_request (32 for the first row)
 In llmc         never alone: within cross_entropy (llmc/cross_entropy.h), whose parts the last rows are made of, and within
