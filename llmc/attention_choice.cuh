@@ -7,8 +7,9 @@ Who computes attention: of the back ends that take a shape, the fastest by the c
 The clock decides between cudnn and hopper alone: mma, and reference behind it, are for what neither takes. What it found on
 one H200, forward and backward together, milliseconds of hopper and of cuDNN, reproducible and (in brackets) not:
 
-    1B, 32/8 heads of 64      8 x 2048     1.45   1.72 (1.46)        2 x 8192     4.41   6.92 (4.54)
-    3B, 24/8 heads of 128     1 x 8192     3.26   3.66 (2.66)        8B, 32/8 of 128, 1 x 2048     0.55   0.38 (0.36)
+    1B, 32/8 heads of 64      8 x 2048     1.39 (1.38)   1.71 (1.44)        2 x 8192     4.33 (4.09)   6.85 (4.49)
+    3B, 24/8 heads of 128     1 x 8192     2.98 (2.55)   3.62 (2.65)
+    150M, 12/4 heads of 64    16 x 1024    0.37 (0.37)   0.41 (0.39)
 */
 #pragma once
 

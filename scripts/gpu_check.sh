@@ -136,7 +136,7 @@ sanitized() {
     local tool=$1 log="sanitize-$1-$2.log" order=""
     shift
     # racecheck knows neither the copy engine's writes nor the order that mbarriers make: it reports what they guard
-    [ "$tool" != racecheck ] || order="--kernel-name-exclude kns=hopper --kernel-name-exclude kns=bulk"
+    [ "$tool" != racecheck ] || order="--kernel-name-exclude kns=hopper --kernel-name-exclude kns=bulk --kernel-name-exclude kns=ring"
     check "$log" 240 "$tool: $1" compute-sanitizer --tool "$tool" --kernel-name kns=_kernel --kernel-name-exclude kns=cublas \
         --kernel-name-exclude kns=cudnn --kernel-name-exclude kns=cutlass $order --print-limit 10 --error-exitcode 9 "${@:2}"
     show "$log" 'SUMMARY|^========= (Invalid|Uninit|Program|.*_kernel)|^error|^FAIL' 6
