@@ -25,9 +25,10 @@ Reached         on an H200, % of a copy of the same bytes; m: master weights, 32
                     eight_bits                                            95      68
                     production            96      98      97      99                           100
 
-                in us: production 1667, 1293, 1182 and 813, eight_bits 967 and 853. lean as it is here: not measured yet
-Metrics         not collected yet. That the narrow ways wait for instructions is read from the SASS and from what fewer of
-                them gained: smsp__inst_executed beside dram__throughput would show it
+                in us: production 1667, 1293, 1182 and 813, eight_bits 967 and 853, lean 1185 and 832
+Metrics         dram__throughput, sm__inst_issued and why warps wait, by ncu (results/nvidia-h200/adamw.md): without master
+                weights memory is 71 % busy under one_each, 78 under launch_each, 86 under segments and production, which
+                wait for loads more than half of the time at 60 % of the issue slots
 Not here        2026-11-20: bulk, a ring in shared memory that the copy engine fills, raced: 1975 and 1613 of 243 million
                 weights were wrong in two runs, in other places; the cause was not found
                 2026-11-20: one hash for two parameters, tried in lean: it rounds bf16 moments with other bits than the CPU's

@@ -22,10 +22,11 @@ Reached         on an H200, % of a copy, each row at its best block size
                     pieces_early              55      79      33       66      84      23
 
                 us, 1B and 8B: text: block_per_run 123 and 174, production 53 and 89, pieces_early 58 and 94; random: 152 and
-                223, 65 and 117, 60 and 111. Production was measured here, at its best tile of 8, 16 or 32 rows, before it was
-                moved: the best for text and padding; pieces_early is for random tokens. Repeated runs differ by 1 to 6 % where
-                a row takes less than 100 us
-Metrics         not collected yet: dram__throughput of each kernel, and the time between them
+                223, 65 and 115, 60 and 109. Production, of tiles of 32 rows, is the best for text and padding; pieces_early is
+                for random tokens. Repeated runs differ by 1 to 6 % where a row takes less than 100 us
+Metrics         dram__throughput and the loads that are waited for, by ncu (results/nvidia-h200/embedding_backward.md), 8B, random
+                tokens: memory is 51 % busy under block_per_run, 74 under production's longest kernel, 56 under pieces; 80 % of
+                the waiting is for loads, whose addresses the order of the tokens gives
 */
 #include <cub/device/device_radix_sort.cuh>
 

@@ -12,23 +12,28 @@ The ladder      in three parts. What a multiprocessor can do in a cycle, and wha
                     wgmma          2048 multiply-adds       straight from shared memory         4 warps, 64 x 256 x 16
 
                 Each part begins with its instruction used plainly and goes on by feeding it better
-Measured        on an H200, TFLOP/s and beside it the ratio to cuBLASLt in the same run; "nine": that ratio over the nine shapes
-                that are timed, geometric mean. vectors, double_buffer, mma_sync, ldmatrix: not timed yet in bf16
+Measured        on an H200, TFLOP/s and beside it the ratio to cuBLASLt, all in one run (results/nvidia-h200/matmul.md)
 
-                                        8192 cubed      1B qkv          nine
-                    naive               0.5             -               -       (at 2048 cubed)
-                    coalesced           6.7     0.01    5.5     0.01    -       (at 2048 cubed)
-                    shared_tile         7.0     0.01    7.3     0.01    -
-                    register_tile       27      0.04    -               -       (at 2048 cubed)
-                    cp_async            321     0.41    288     0.40    0.43
-                    wgmma_tma           532     0.67    580     0.80    0.73
-                    warp_specialised    633     0.86    552     0.70    0.78
-                    grouped             648     0.88    578     0.73    0.83
-                    multicast           647     0.88    549     0.69    0.81
-                    persistent          684     0.93    719     0.91    0.94
-                    staggered           697     0.95    734     0.93    0.945
-                    cuBLASLt            733     1       793     1       1
+                                        8192 cubed      1B qkv          2048 cubed
+                    naive                                               0.5     0.00
+                    coalesced                           5.5     0.01    6.6     0.01
+                    shared_tile         7.0     0.01    7.3     0.01    7.1     0.01
+                    register_tile       27      0.03    27      0.03    26      0.04
+                    vectors             45      0.06    44      0.06    44      0.07
+                    double_buffer       47      0.06    47      0.06    46      0.07
+                    mma_sync            67      0.09    66      0.08    65      0.10
+                    ldmatrix            247     0.32    232     0.29    222     0.35
+                    cp_async            303     0.39    317     0.39    310     0.48
+                    wgmma_tma           534     0.69    572     0.71    511     0.80
+                    warp_specialised    636     0.82    565     0.70    518     0.81
+                    grouped             645     0.83    598     0.74    527     0.82
+                    multicast           655     0.85    585     0.73    499     0.78
+                    persistent          691     0.89    768     0.96    607     0.94
+                    staggered           717     0.93    768     0.96    594     0.92
+                    cuBLASLt            775     1       803     1       643     1
 
+                "nine": the ratio over the nine shapes that are timed, geometric mean, in an earlier run: staggered 0.945,
+                persistent 0.94, grouped 0.83, warp_specialised 0.78, wgmma_tma 0.73. There
                 staggered elsewhere: 2048 cubed 600 TFLOP/s, 0.94; 1B o 720, 0.98; gate_up 689, 0.88; down 665, 0.95; 8B qkv
                 692, 0.94; gate_up 694, 0.96; down 701, 0.97. From warp_specialised on one run; cp_async and wgmma_tma are of
                 another (cuBLASLt: 790 and 721). Long shapes meet the power limit: within a run times of one kernel mostly
