@@ -33,10 +33,10 @@ Measured        on an H200, TFLOP/s and beside it the ratio to cuBLASLt, all in 
                     cuBLASLt            775     1       803     1       643     1
 
                 "nine": the ratio over the nine shapes that are timed, geometric mean, in an earlier run: staggered 0.945,
-                persistent 0.94, grouped 0.83, warp_specialised 0.78, wgmma_tma 0.73. There
-                staggered elsewhere: 2048 cubed 600 TFLOP/s, 0.94; 1B o 720, 0.98; gate_up 689, 0.88; down 665, 0.95; 8B qkv
-                692, 0.94; gate_up 694, 0.96; down 701, 0.97. From warp_specialised on one run; cp_async and wgmma_tma are of
-                another (cuBLASLt: 790 and 721). Long shapes meet the power limit: within a run times of one kernel mostly
+                persistent 0.94, grouped 0.83, warp_specialised 0.78, wgmma_tma 0.73
+
+                staggered elsewhere: 1B o 753 TFLOP/s, 1.00; gate_up 710, 0.98; down 746, 0.94; 8B qkv 720, 0.87; gate_up 700,
+                0.97; down 697, 0.97. Long shapes meet the power limit: within a run times of one kernel mostly
                 spread over 2 to 10 %, and cuBLASLt's 8192 cubed was 730 to 820 in four runs. Only 1B qkv and o are quiet, 1 to
                 2 %. Differences of a few per cent elsewhere, and of 0.01 in "nine", are noise
 Lost            over the nine: three stages with room for all outputs of a tile, 0.93, 0.93, 0.945 in groups of 4, 8, 16, a draw
