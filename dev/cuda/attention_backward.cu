@@ -461,7 +461,7 @@ static void dq_second_pass(const Problem* p, int, cudaStream_t stream) { columns
 //         shared memory for the next step, whose barrier is then the only one. dq lies in the order of the accumulators, so
 //         that a warp adds 512 neighbouring bytes an instruction (sm_90), and is put in order when it is rounded
 // limit   the fifth product: dq is cut into parts of 32 queries by 32 columns, for which shared memory gives 256 bytes a mma
-//         (production's four: 160); and the bits differ from run to run
+//         (production's four: 160); at HD 64 68 bytes of a thread's registers spill; and the bits differ from run to run
 
 enum { WIDE_KEYS = 128, WIDE_TILE = 64, WIDE_BUFFERS = 2 }; // of dS: with one, a second barrier a step
 __host__ __device__ constexpr int wide_warps(int HD) { return HD / 16; } // of a block; each has 32 x 32 of dQ's 64 x HD
@@ -720,6 +720,15 @@ static void dq_wide_atomics(const Problem* p, int, cudaStream_t stream) {
         wide_launch<128>(p, stream);
 }
 
+static const char* wide_takes(const Problem* p) {
+    int device, most;
+    cuda_check(cudaGetDevice(&device));
+    cuda_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return (p->s.HD == 64 ? wide_shared<64> : wide_shared<128>) <= (size_t)most
+               ? NULL
+               : "needs more shared memory than a block has here";
+}
+
 // ---- hopper -----------------------------------------------------------------------------------
 // idea    wgmma: two warpgroups share 128 keys; dS passes through shared memory as a factor of dK and of dQ. Five products: a
 //         warp of its own hands parts of dQ to the copy engine, which adds them in the L2 cache, in the order of the keys (turns, as
@@ -785,7 +794,7 @@ static const Variant<Problem> variants[] = {
     { "dq_atomics",     dq_atomics,      { 0 },         "tiles, tensor cores; dq added up by atomics" },
     { "dq_in_order",    dq_in_order,     { 0 },         "dq added up block by block: the same bits at each run" },
     { "dq_second_pass", dq_second_pass,  { 0 },         "dq by blocks of its own, 7 products instead of 5" },
-    { "dq_wide_atomics", dq_wide_atomics, { 0 },        "dq_atomics of 128 keys, 32 to a warp or a pair, 16 bytes a lane" },
+    { "dq_wide_atomics", dq_wide_atomics, { 0 },        "dq_atomics of 128 keys, 32 to a warp or a pair, 16 bytes a lane", wide_takes },
     { "production",     production,      { 0 },         "llmc/attention_flash.cuh: pairs of warps, 32 rows" },
     { "hopper",         hopper,          { 0 },         "llmc/attention_hopper.cuh: wgmma, dq added up by the copy engine", hopper_takes },
     { "hopper_any_order", hopper_any_order, { 0 },      "hopper, dq added up as blocks come: no turns", hopper_takes },
