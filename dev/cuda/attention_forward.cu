@@ -11,20 +11,25 @@ FLOPs           2 * B*NH*HD * T^2: two products of 2*HD for each of T^2/2 pairs.
 Powers          B*NH * T^2/2, one for 4*HD FLOPs. An H200 (132 multiprocessors) has 16 a cycle on each beside 4096 FLOPs of the
                 tensor cores: at HD 64 the powers take as long as the products, at HD 128 half as long
 The floor       at some 700 TFLOP/s: HD 128, B 4, T 4096 is 550 GFLOP, 0.79 ms. q, k, v, out are 0.34 GB, 0.08 ms at 4.3 TB/s
-Measured        H200, bf16, TFLOP/s. The last three in one run, the only one of hopper so far; others gave cudnn 429 to 453 at
-                HD 64, 566 to 591 at HD 128, production 310 to 321 and 352 to 370. The rungs between mma_tiles and production
-                have not been timed yet
+Measured        H200, bf16, TFLOP/s, all in one run but online_softmax's 6.3. Others gave cudnn 540 to 591 and hopper 545 to 560
+                at the 8B shape
 
                                         1B      1B long     8B      8B long     HD 64, B 4 T 4096; B 2 T 8192; HD 128, the same
-                unfused                 29      31          56
-                online_softmax          4.2                 6.3
-                mma_tiles                       127
-                production              312     313         349     353
-                hopper                  431     463         560     560
-                cudnn                   428     434         540     550
-                hopper / cudnn          1.01    1.07        1.04    1.02
-                hopper / production     1.38    1.48        1.61    1.58
+                unfused                 29      31          56      61
+                online_softmax          4.1 (1B short)      6.3
+                mma_tiles               123     125         138     142
+                causal_tiles            241     248         273     280
+                p_in_registers          268     279         294     299
+                tiles_ahead             293     287         280     294
+                production              309     318         342     354
+                hopper                  421     473         545     560
+                cudnn                   420     445         594     556
+                hopper / cudnn          1.00    1.06        0.92    1.01
+                hopper / production     1.36    1.49        1.59    1.58
 
+ncu             8B: the tensor cores work 44 % of the time under mma_tiles, 49 under p_in_registers, 58 under production, 67 under
+                hopper, 68 under cudnn; fragments keep shared memory 77, 75, 52, 44 and 45 % busy
+                (results/nvidia-h200/attention_forward.md)
 Look at         dram__bytes (unfused: the square), sm__inst_executed_pipe_tensor and sm__pipe_tensor_cycles_active (how long the
                 tensor cores work), l1tex__data_pipe_lsu_wavefronts_mem_shared (fragments; P on its detour),
                 smsp__average_warps_issue_stalled_long_scoreboard and _barrier (copies that are waited for),
