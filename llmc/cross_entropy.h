@@ -336,12 +336,14 @@ static inline void cross_entropy_registers(float* losses, floatX* logits, const 
 }
 
 // overwrites losses (N) and, with backward, logits by their gradient times scale; columns from V to the next multiple of 8
-// become zero then. By the clock: rows that one block keeps in registers are its own, longer ones the ring's
+// become zero then. scale is not negative: the ring takes its logarithm. By the clock: rows that one block keeps in registers
+// are its own, longer ones the ring's
 static inline void cross_entropy(float* losses, floatX* logits, const int32_t* labels, float scale, bool backward,
                                  int N, int V, int ld, cudaStream_t stream) {
     GpuOp op("cross_entropy", (backward ? 2.0 : 1.0) * N * V * sizeof(floatX), 0, stream);
     launch_require(ld % PACK == 0 && ld >= V && V > 0 && N > 0, "cross_entropy",
                    "V fits the row stride, a multiple of 8");
+    launch_require(scale >= 0, "cross_entropy", "scale is not negative");
     const int blocks = cross_entropy_blocks(V);
     if (blocks != 1 && cross_entropy_ring_takes(V, CROSS_ENTROPY_RING_PART)) {
         cross_entropy_ring<512, 1, false>(losses, logits, labels, scale, backward, N, V, ld, CROSS_ENTROPY_RING_PART,

@@ -20,10 +20,10 @@ Proved by       dev/cuda/cross_entropy.cu, dev/test/gpu/test_cross_entropy.cuh
 #include "hopper.cuh"
 
 enum {
-    CROSS_ENTROPY_RING_PACKS = 1024, // of a chunk, at most: 16 KB
-    CROSS_ENTROPY_RING_SLOTS = 16,   // chunks in shared memory, at most
-    CROSS_ENTROPY_RING_BLOCKS = 8,   // that may share a row
-    CROSS_ENTROPY_RING_PART = 8,     // chunks of a part, at most, when a block has a multiprocessor to itself
+    CROSS_ENTROPY_RING_PACKS = 1024,    // of a chunk, at most: 16 KB
+    CROSS_ENTROPY_RING_SLOTS = 16,      // chunks in shared memory, at most
+    CROSS_ENTROPY_RING_BLOCKS = 8,      // that may share a row
+    CROSS_ENTROPY_RING_PART = 8,        // chunks of a part, at most, when a block has a multiprocessor to itself
     CROSS_ENTROPY_RING_MEMORY = 233472, // bytes of shared memory on a multiprocessor, 1 KB of each block is the system's
 };
 
@@ -64,14 +64,14 @@ struct CrossEntropyRing {
     enum {
         WARPS = THREADS / WARP,
         HELD = CROSS_ENTROPY_RING_PACKS / THREADS, // packs of a chunk for each thread
-        SEEN = HELD < 2 ? HELD : 2,  // of them added up at once
-        EXCHANGES = AHEAD ? 4 : 2,   // see write
+        SEEN = HELD < 2 ? HELD : 2,                // of them added up at once
+        EXCHANGES = AHEAD ? 4 : 2,                 // see write
         BYTES = CROSS_ENTROPY_RING_MEMORY / SHARING - 1024,
     };
     struct Shared {
         CrossEntropySum sums[EXCHANGES][CROSS_ENTROPY_RING_BLOCKS * WARPS];
-        uint64_t full[CROSS_ENTROPY_RING_SLOTS], empty[CROSS_ENTROPY_RING_SLOTS]; // barriers: a chunk has come; all warps have taken it
-        uint64_t summed[EXCHANGES];                   // barriers: the sums of all warps of all blocks have come
+        // barriers: a chunk has come; all warps have taken it; the sums of all warps of all blocks have come
+        uint64_t full[CROSS_ENTROPY_RING_SLOTS], empty[CROSS_ENTROPY_RING_SLOTS], summed[EXCHANGES];
     };
     enum { SLOTS_FROM = (sizeof(Shared) + 127) / 128 * 128 };
 
@@ -79,15 +79,16 @@ struct CrossEntropyRing {
         const int packs = (int)ceil_div(V, PACK);
         CrossEntropyPlan plan = {};
         int blocks = packs < 2 ? 1 : 2; // a cluster of one may not send to itself by the rules of memcheck
-        while (blocks < CROSS_ENTROPY_RING_BLOCKS && blocks * part_chunks * CROSS_ENTROPY_RING_PACKS < packs) blocks *= 2;
+        while (blocks < CROSS_ENTROPY_RING_BLOCKS && blocks * part_chunks * CROSS_ENTROPY_RING_PACKS < packs)
+            blocks *= 2;
         if (blocks * part_chunks * CROSS_ENTROPY_RING_PACKS < packs) return plan;
         plan.blocks = blocks;
         plan.part = (int)ceil_div(packs, blocks);
         plan.chunks = (int)ceil_div(plan.part, CROSS_ENTROPY_RING_PACKS);
         plan.chunk = (int)ceil_div(plan.part, plan.chunks);
         plan.slot_bytes = (int)ceil_div(plan.chunk * 16, 128) * 128;
-        plan.slots =
-            ((int)BYTES - (int)SLOTS_FROM - CROSS_ENTROPY_RING_PACKS * 16) / plan.slot_bytes + 1; // the last one is read in full
+        // the last one is read in full
+        plan.slots = ((int)BYTES - (int)SLOTS_FROM - CROSS_ENTROPY_RING_PACKS * 16) / plan.slot_bytes + 1;
         if (plan.slots > CROSS_ENTROPY_RING_SLOTS) plan.slots = CROSS_ENTROPY_RING_SLOTS;
         require(plan.slots >= (AHEAD ? 2 : 1) * plan.chunks, "the ring holds what is kept of a row");
         return plan;

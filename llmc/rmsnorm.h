@@ -219,8 +219,8 @@ template <bool RESIDUAL>
 static inline void rmsnorm_forward_any(floatX* sum, floatX* y, float* r, const floatX* a, const floatX* b,
                                        const floatX* w, int N, int C, float eps, cudaStream_t stream) {
     rmsnorm_require(C);
-    // of 4 packs each, but for short rows: 64 threads and fewer wait too often for too little
-    const int packs = max(rmsnorm_packs(C, 8), rmsnorm_packs(C, 8) && rmsnorm_threads(C, 4) >= 128 ? 4 : 0);
+    int packs = rmsnorm_packs(C, 8);
+    if (packs == 2 && rmsnorm_threads(C, 4) >= 128) packs = 4; // by the clock at C 4096 and above; not tried with fewer threads
     const int threads = packs ? rmsnorm_threads(C, packs) : 1024;
     const float mean = 1.0f / C;
     const bool early = RESIDUAL || threads > 128;
