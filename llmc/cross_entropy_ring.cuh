@@ -78,7 +78,7 @@ struct CrossEntropyRing {
     static CrossEntropyPlan plan(int V, int part_chunks) {
         const int packs = (int)ceil_div(V, PACK);
         CrossEntropyPlan plan = {};
-        int blocks = packs < 2 ? 1 : 2; // a cluster of one may not send to itself by the rules of memcheck
+        int blocks = 2; // a cluster of one may not send to itself by the rules of memcheck
         while (blocks < CROSS_ENTROPY_RING_BLOCKS && blocks * part_chunks * CROSS_ENTROPY_RING_PACKS < packs)
             blocks *= 2;
         if (blocks * part_chunks * CROSS_ENTROPY_RING_PACKS < packs) return plan;
@@ -322,10 +322,12 @@ static __global__ void __launch_bounds__(THREADS + WARP, SHARING)
 #endif
 }
 
-// whether the clusters of a ring hold a row of V numbers, in parts of so many chunks
+// whether the clusters of a ring take a row of V numbers, in parts of so many chunks: two blocks have something of it, and it
+// is not too long for eight
 static inline bool cross_entropy_ring_takes(int V, int part_chunks) {
-    return !hopper_refuses() &&
-           ceil_div(V, PACK) <= (int64_t)CROSS_ENTROPY_RING_BLOCKS * part_chunks * CROSS_ENTROPY_RING_PACKS;
+    const int64_t packs = ceil_div(V, PACK);
+    return !hopper_refuses() && packs >= 2 &&
+           packs <= (int64_t)CROSS_ENTROPY_RING_BLOCKS * part_chunks * CROSS_ENTROPY_RING_PACKS;
 }
 
 // as cross_entropy, of rows that it takes

@@ -58,16 +58,24 @@ static inline void embedding_backward_cpu(float* dw, const float* dx, const int3
 
 // ---- GPU -------------------------------------------------------------------------------------
 
-// one warp copies one row, in blocks of four
-static __global__ void __launch_bounds__(4 * WARP)
+enum { EMBEDDING_ROWS = 4, EMBEDDING_THREADS = 128 }; // of a block: rows of x; each thread has one pack of each
+
+// four look-ups are under way together, and so are the four loads that depend on them
+static __global__ void __launch_bounds__(EMBEDDING_THREADS)
     embedding_forward_kernel(floatX* __restrict__ x, const int32_t* __restrict__ ids, const floatX* __restrict__ w,
                              int N, int C) {
-    int n = blockIdx.x * blockDim.y + threadIdx.y;
-    if (n >= N) return;
-    const floatX* from = w + (size_t)ids[n] * C;
-    floatX* to = x + (size_t)n * C;
-#pragma unroll 4
-    for (int c = threadIdx.x * PACK; c < C; c += WARP * PACK) pack_store(to + c, pack_load(from + c));
+    const int n = blockIdx.x * EMBEDDING_ROWS, c = (blockIdx.y * EMBEDDING_THREADS + threadIdx.x) * PACK;
+    if (c >= C) return;
+    int32_t id[EMBEDDING_ROWS];
+    PackX row[EMBEDDING_ROWS];
+#pragma unroll
+    for (int i = 0; i < EMBEDDING_ROWS; i++) id[i] = ids[min(n + i, N - 1)];
+#pragma unroll
+    for (int i = 0; i < EMBEDDING_ROWS; i++)
+        if (n + i < N) row[i] = pack_load(w + (size_t)id[i] * C + c);
+#pragma unroll
+    for (int i = 0; i < EMBEDDING_ROWS; i++)
+        if (n + i < N) pack_store(x + (size_t)(n + i) * C + c, row[i]);
 }
 
 // overwrites x (N, C)
@@ -75,7 +83,8 @@ static inline void embedding_forward(floatX* x, const int32_t* ids, const floatX
                                      cudaStream_t stream) {
     GpuOp op("embedding_forward", 2.0 * N * C * sizeof(floatX), 0, stream);
     launch_require(C > 0 && C % 8 == 0, "embedding", "C (hidden_size) must be a multiple of 8");
-    embedding_forward_kernel<<<(unsigned)ceil_div(N, 4), dim3(WARP, 4), 0, stream>>>(x, ids, w, N, C);
+    const dim3 grid((unsigned)ceil_div(N, EMBEDDING_ROWS), (unsigned)ceil_div(C, EMBEDDING_THREADS * PACK));
+    embedding_forward_kernel<<<grid, EMBEDDING_THREADS, 0, stream>>>(x, ids, w, N, C);
     launch_check();
 }
 

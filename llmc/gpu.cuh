@@ -95,6 +95,17 @@ template <typename T> __device__ __forceinline__ Pack<T> pack_load_once(const T*
     return v;
 }
 
+// read again much later: the second level of the cache keeps it longer than others
+__device__ __forceinline__ Pack<float> pack_load_staying(const float* p) {
+    uint64_t policy;
+    Pack<float> v;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    asm("ld.global.nc.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
+        : "=f"(v.x[0]), "=f"(v.x[1]), "=f"(v.x[2]), "=f"(v.x[3])
+        : "l"(p), "l"(policy));
+    return v;
+}
+
 template <typename T> __device__ __forceinline__ void pack_store(T* p, Pack<T> v) {
     int4 bits;
     memcpy(&bits, &v, 16);

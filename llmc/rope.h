@@ -88,77 +88,64 @@ static inline void rope_backward_cpu(float* dx, const float* cos_table, const fl
 #include "gpu.cuh"
 
 // ---- GPU -------------------------------------------------------------------------------------
-// A warp turns some heads of one row. A lane owns W neighbouring pairs, 16 bytes of each half: the lanes of one head side
-// by side, then those of the next, as many heads at once as fit 32 lanes, and that up to ROPE_TURNS times. All loads of a
-// lane come before its first store, and cosines and sines are read once for all its heads:
+// A thread owns W neighbouring pairs of a head, 16 bytes of each half. A block has along x the pieces of half a head, along y
+// the heads of a row, and along z, where those are few threads, neighbouring rows. The threads of all heads ask for the same
+// cosines and sines, which the first level of the cache hands out; the second is told to keep them while x, of which there is a
+// hundred times as much, passes. x is asked for first: it comes from further away.
 //
-//     HD 64, bf16     lane   0 1 2 3  4 5 6 7  …        4 lanes a head, 8 heads at once, 40 heads in 5 turns
-//                     pairs  0 8 16 24 of head 0, of head 1, …
-//
-// Half a head that is no multiple of 16 bytes (HD 8 or 24 in bf16) is moved by 8. A head of more than 32 lanes is split along
-// blockIdx.y.
+// Half a head that is no multiple of 16 bytes (HD 8 or 24 in bf16) is moved by 8.
 
-enum { ROPE_TURNS = 5, ROPE_WARPS = 4 };
+enum { ROPE_THREADS = 320, ROPE_FEW = 160 }; // of a block, at most: 40 heads of 128 in one turn; filled up with rows
 
-// Bits: int4 or int2, what one lane moves of either half. per_warp: heads of a warp, row tasks: warps to a row
+// Bits: int4 or int2, what a thread moves of either half. The grid: rows of a sequence, and along y and z the sequences
 template <typename Bits>
-static __global__ void __launch_bounds__(ROPE_WARPS* WARP)
-    rope_kernel(floatX* x, const float* __restrict__ cos_table, const float* __restrict__ sin_table, unsigned tasks,
-                unsigned row_tasks, int T, int pos, int heads, int per_warp, int HD, int ldx, float direction) {
+static __global__ void __launch_bounds__(ROPE_THREADS)
+    rope_kernel(floatX* x, const float* __restrict__ cos_table, const float* __restrict__ sin_table, int B, int T,
+                int pos, int heads, int ldx, float direction) {
     enum { W = sizeof(Bits) / sizeof(floatX) };
-    const int half = HD / 2, lanes = min(half / W, (int)WARP), at_once = WARP / lanes, lane = threadIdx.x;
-    const unsigned task = blockIdx.x * ROPE_WARPS + threadIdx.y, row = task / row_tasks;
-    const int i = (int)(blockIdx.y * WARP + lane % lanes) * W;
-    if (task >= tasks || lane >= at_once * lanes || i >= half) return;
-
-    const int start = (int)(task % row_tasks) * per_warp, end = min(start + per_warp, heads),
-              first = start + lane / lanes;
-    floatX* x1 = x + (size_t)row * ldx + i;
-    Bits low[ROPE_TURNS], high[ROPE_TURNS];
-#pragma unroll
-    for (int k = 0; k < ROPE_TURNS; k++) {
-        int h = first + k * at_once;
-        if (h >= end) continue;
-        low[k] = *reinterpret_cast<const Bits*>(x1 + h * HD);
-        high[k] = *reinterpret_cast<const Bits*>(x1 + h * HD + half);
-    }
-    const size_t table = ((size_t)pos + row % (unsigned)T) * half + i;
+    const int t = (int)(blockIdx.x * blockDim.z + threadIdx.z), b = (int)(blockIdx.z * gridDim.y + blockIdx.y);
+    if (t >= T || b >= B) return;
+    const int pieces = (int)blockDim.x, half = pieces * W;
+    const size_t table = ((size_t)pos + t) * half + threadIdx.x * W;
+    Bits* at = reinterpret_cast<Bits*>(x + ((size_t)b * T + t) * ldx) + threadIdx.y * 2 * pieces + threadIdx.x;
+    Bits low = at[0], high = at[pieces];
     Pack<float> c[W / 4], s[W / 4];
 #pragma unroll
-    for (int j = 0; j < W; j += 4) {
-        c[j / 4] = pack_load(cos_table + table + j);
-        s[j / 4] = pack_load(sin_table + table + j);
+    for (int j = 0; j < W / 4; j++) {
+        c[j] = pack_load_staying(cos_table + table + 4 * j);
+        s[j] = pack_load_staying(sin_table + table + 4 * j);
     }
-#pragma unroll
-    for (int k = 0; k < ROPE_TURNS; k++) {
-        int h = first + k * at_once;
-        if (h >= end) continue;
-        floatX a[W], b[W];
-        memcpy(a, &low[k], sizeof(Bits));
-        memcpy(b, &high[k], sizeof(Bits));
+    for (int h = (int)threadIdx.y;;) {
+        floatX v1[W], v2[W];
+        memcpy(v1, &low, sizeof(Bits));
+        memcpy(v2, &high, sizeof(Bits));
 #pragma unroll
         for (int j = 0; j < W; j++) {
-            float v1 = to_float(a[j]), v2 = to_float(b[j]), co = c[j / 4].x[j % 4], si = direction * s[j / 4].x[j % 4];
-            a[j] = from_float<floatX>(v1 * co - v2 * si);
-            b[j] = from_float<floatX>(v2 * co + v1 * si);
+            const float a1 = to_float(v1[j]), a2 = to_float(v2[j]), co = c[j / 4].x[j % 4],
+                        si = direction * s[j / 4].x[j % 4];
+            v1[j] = from_float<floatX>(a1 * co - a2 * si);
+            v2[j] = from_float<floatX>(a2 * co + a1 * si);
         }
-        memcpy(&low[k], a, sizeof(Bits));
-        memcpy(&high[k], b, sizeof(Bits));
-        *reinterpret_cast<Bits*>(x1 + h * HD) = low[k];
-        *reinterpret_cast<Bits*>(x1 + h * HD + half) = high[k];
+        memcpy(&low, v1, sizeof(Bits));
+        memcpy(&high, v2, sizeof(Bits));
+        at[0] = low, at[pieces] = high;
+        if ((h += (int)blockDim.y) >= heads) return;
+        at += blockDim.y * 2 * pieces;
+        low = at[0], high = at[pieces];
     }
 }
 
 template <typename Bits>
-static inline void rope_launch(floatX* x, const float* cos_table, const float* sin_table, int64_t rows, int T, int pos,
+static inline void rope_launch(floatX* x, const float* cos_table, const float* sin_table, int B, int T, int pos,
                                int heads, int HD, int ldx, float direction, cudaStream_t stream) {
-    int pieces = HD / 2 / (int)(sizeof(Bits) / sizeof(floatX)), at_once = WARP / (pieces < WARP ? pieces : (int)WARP);
-    int64_t turns = ceil_div(heads, at_once), row_tasks = ceil_div(turns, ROPE_TURNS), tasks = rows * row_tasks;
-    int per_warp = (int)ceil_div(turns, row_tasks) * at_once; // the turns of a row, spread evenly over its warps
-    launch_require(tasks <= INT32_MAX, "rope", "B * T * heads is more than one launch can number");
-    dim3 grid((unsigned)ceil_div(tasks, ROPE_WARPS), (unsigned)ceil_div(pieces, WARP)), block(WARP, ROPE_WARPS);
-    rope_kernel<Bits><<<grid, block, 0, stream>>>(x, cos_table, sin_table, (unsigned)tasks, (unsigned)row_tasks, T, pos,
-                                                  heads, per_warp, HD, ldx, direction);
+    const int pieces = HD / 2 / (int)(sizeof(Bits) / sizeof(floatX));
+    launch_require(pieces <= ROPE_THREADS, "rope", "half a head is more than the threads of a block hold");
+    const int turns = (int)ceil_div(heads, ROPE_THREADS / pieces), at_once = (int)ceil_div(heads, turns);
+    // the z of a block ends at 64, the y of a grid at 65535
+    const int rows = max(1, min(min(T, 64), ROPE_FEW / (pieces * at_once))), sequences = min(B, 65535);
+    const dim3 grid((unsigned)ceil_div(T, rows), (unsigned)sequences, (unsigned)ceil_div(B, sequences));
+    const dim3 block((unsigned)pieces, (unsigned)at_once, (unsigned)rows);
+    rope_kernel<Bits><<<grid, block, 0, stream>>>(x, cos_table, sin_table, B, T, pos, heads, ldx, direction);
     launch_check();
 }
 
@@ -167,11 +154,10 @@ static inline void rope_turn(floatX* x, const float* cos_table, const float* sin
     launch_require(HD > 0 && HD % 8 == 0, "rope", "HD (head_dim) must be a multiple of 8");
     launch_require(ldx % 8 == 0 && (int64_t)heads * HD <= ldx, "rope",
                    "rows must hold all heads and start at multiples of 8");
-    int64_t rows = (int64_t)B * T;
     if constexpr (sizeof(floatX) == 2)
         if (HD / 2 % PACK)
-            return rope_launch<int2>(x, cos_table, sin_table, rows, T, pos, heads, HD, ldx, direction, stream);
-    rope_launch<int4>(x, cos_table, sin_table, rows, T, pos, heads, HD, ldx, direction, stream);
+            return rope_launch<int2>(x, cos_table, sin_table, B, T, pos, heads, HD, ldx, direction, stream);
+    rope_launch<int4>(x, cos_table, sin_table, B, T, pos, heads, HD, ldx, direction, stream);
 }
 
 // in place on the first `heads` heads of each of the B*T rows of x; row (b, t) is at position pos + t

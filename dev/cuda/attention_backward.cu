@@ -22,14 +22,14 @@ Measured        H200, bf16, TFLOP/s, all in one run
                 dq_in_order             66      65          61      60
                 dq_second_pass          233     232         237     248
                 dq_wide_atomics         303     320         313     334
-                production              239     243         261     270
+                pairs_of_warps          239     243         261     270
                 FlashAttention-2        241     259         277     294
                 hopper                  379     407         414     446
                 hopper_any_order        394     433         427     462
                 cudnn                   260     286         380     405             reproducible
                 cudnn_any_order         373     403         448     487
                 dq_wide / FlashAttn-2   1.26    1.24        1.13    1.14
-                dq_wide / production    1.27    1.32        1.20    1.24
+                dq_wide / pairs_of_w.   1.27    1.32        1.20    1.24
                 hopper / cudnn          1.46    1.42        1.09    1.10
                 hopper / cudnn_any_o.   1.02    1.01        0.92    0.91
                 any order, both         1.06    1.07        0.95    0.95
@@ -82,7 +82,12 @@ struct Problem {
 };
 
 static int64_t row_of(const AttentionShape* s) { return (int64_t)(s->NH + 2 * s->NKV) * s->HD; }
-static const AttentionBackend ours = sizeof(floatX) == 2 ? ATTENTION_MMA : ATTENTION_REFERENCE;
+
+// of our own what ships on this card and for this shape: hopper, pairs_of_warps or, in fp32, unfused
+static AttentionBackend ours(const Problem* p) {
+    Error passed_over;
+    return attention_choose(ATTENTION_HOPPER, p->s, true, &passed_over);
+}
 
 // what the forward pass left behind is an input here: production computes it
 static void make_forward(Bench* bench, Problem* p) {
@@ -91,7 +96,7 @@ static void make_forward(Bench* bench, Problem* p) {
     float *lse, *host_lse = (float*)allocate(n_lse, sizeof *host_lse);
     cuda_check(cudaMalloc(&out, n_out * sizeof *out));
     cuda_check(cudaMalloc(&lse, n_lse * sizeof *lse));
-    attention_forward(ours, out, lse, p->qkv, p->s, p->scratch, bench->stream);
+    attention_forward(ours(p), out, lse, p->qkv, p->s, p->scratch, bench->stream);
     cuda_check(cudaMemcpyAsync(host, out, n_out * sizeof *out, cudaMemcpyDeviceToHost, bench->stream));
     cuda_check(cudaMemcpyAsync(host_lse, lse, n_lse * sizeof *lse, cudaMemcpyDeviceToHost, bench->stream));
     cuda_check(cudaStreamSynchronize(bench->stream));
@@ -448,7 +453,7 @@ static void dq_atomics(const Problem* p, int, cudaStream_t stream) { columns<DQ_
 static void dq_in_order(const Problem* p, int, cudaStream_t stream) { columns<DQ_IN_ORDER>(p, stream); }
 
 // ---- dq_second_pass ---------------------------------------------------------------------------
-// idea    dq by blocks that walk along the rows (the step of production): they compute S and dP again, and no block needs
+// idea    dq by blocks that walk along the rows (the step of pairs_of_warps): they compute S and dP again, and no block needs
 //         another. 7 products instead of 5, and still 1.03 to 1.08 times dq_atomics, with the same bits at every run
 // limit   registers: dk and dv of 16 keys, s and dp take most of 255 at HD 128, and each fragment of Q and dO that a warp
 //         fetches from shared memory serves only 16 keys
@@ -457,11 +462,11 @@ static void dq_second_pass(const Problem* p, int, cudaStream_t stream) { columns
 
 // ---- dq_wide_atomics --------------------------------------------------------------------------
 // idea    dq_atomics with what held it back halved: a fragment serves 32 keys, not 16, and a part of dq is the sum over 128 keys,
-//         not 64. A warp owns the dk and dv of 32 keys at HD 64; at HD 128 a pair of warps does, as in production. dS waits in
+//         not 64. A warp owns the dk and dv of 32 keys at HD 64; at HD 128 a pair of warps does, as in pairs_of_warps. dS waits in
 //         shared memory for the next step, whose barrier is then the only one. dq lies in the order of the accumulators, so
 //         that a warp adds 512 neighbouring bytes an instruction (sm_90), and is put in order when it is rounded
 // limit   the fifth product: dq is cut into parts of 32 queries by 32 columns, for which shared memory gives 256 bytes a mma
-//         (production's four: 160); at HD 64 68 bytes of a thread's registers spill; and the bits differ from run to run
+//         (those of pairs_of_warps: 160); at HD 64 68 bytes of a thread's registers spill; and the bits differ from run to run
 
 enum { WIDE_KEYS = 128, WIDE_TILE = 64, WIDE_BUFFERS = 2 }; // of dS: with one, a second barrier a step
 __host__ __device__ constexpr int wide_warps(int HD) { return HD / 16; } // of a block; each has 32 x 32 of dQ's 64 x HD
@@ -729,11 +734,21 @@ static const char* wide_takes(const Problem* p) {
                : "needs more shared memory than a block has here";
 }
 
+// ---- pairs_of_warps ---------------------------------------------------------------------------
+// idea    two warps share 32 keys, one computes P^T and dV, the other dP^T and dK: a fragment serves 32 keys, and the sums of a
+//         warp are half as many. dQ in a second pass. What ships where hopper does not run: llmc/attention_flash.cuh
+// limit   the instruction: mma.sync reaches half of the tensor cores' rate on Hopper. 239 to 270 TFLOP/s, 1.03 to 1.10 times
+//         dq_second_pass
+
+static void pairs_of_warps(const Problem* p, int, cudaStream_t stream) {
+    attention_backward(ATTENTION_MMA, p->dqkv, p->dout, p->qkv, p->out, p->lse, p->s, p->scratch, p->room, stream);
+}
+
 // ---- hopper -----------------------------------------------------------------------------------
 // idea    wgmma: two warpgroups share 128 keys; dS passes through shared memory as a factor of dK and of dQ. Five products: a
 //         warp of its own hands parts of dQ to the copy engine, which adds them in the L2 cache, in the order of the keys (turns, as
 //         in dq_in_order), while the warpgroups go on; the part of the next step's S that fills the wait is already started.
-//         1.6 times production, 6 to 7 times dq_in_order. Lost: one thread for the turns, which left the warpgroups waiting for
+//         1.6 times pairs_of_warps, 6 to 7 times dq_in_order. Lost: one thread for the turns, which left the warpgroups waiting for
 //         it a third of their time (ncu: 27 % of all samples at one barrier; HD 128 365 and 394 TFLOP/s)
 // limit   registers: dK, dV, S and dP of 64 keys a warpgroup take 230 of 240, so that little more can overlap: the tensor cores
 //         work half of the time (sm__pipe_tensor_cycles_active 46 to 53 %)
@@ -757,13 +772,9 @@ static void hopper_any_order(const Problem* p, int, cudaStream_t stream) {
 #endif
 
 // ---- production -------------------------------------------------------------------------------
-// idea    (bf16) two warps share 32 keys, one computes P^T and dV, the other dP^T and dK: a fragment serves 32 keys, and the sums
-//         of a warp are half as many. dQ in a second pass
-// limit   the instruction: mma.sync reaches half of the tensor cores' rate on Hopper. 239 to 270 TFLOP/s, 1.03 to 1.10 times
-//         dq_second_pass
 
 static void production(const Problem* p, int, cudaStream_t stream) {
-    attention_backward(ours, p->dqkv, p->dout, p->qkv, p->out, p->lse, p->s, p->scratch, p->room, stream);
+    attention_backward(ours(p), p->dqkv, p->dout, p->qkv, p->out, p->lse, p->s, p->scratch, p->room, stream);
 }
 
 #ifdef USE_CUDNN
@@ -795,12 +806,11 @@ static const Variant<Problem> variants[] = {
     { "dq_in_order",    dq_in_order,     { 0 },         "dq added up block by block: the same bits at each run" },
     { "dq_second_pass", dq_second_pass,  { 0 },         "dq by blocks of its own, 7 products instead of 5" },
     { "dq_wide_atomics", dq_wide_atomics, { 0 },        "dq_atomics of 128 keys, 32 to a warp or a pair, 16 bytes a lane", wide_takes },
-    { "production",     production,      { 0 },         "llmc/attention_flash.cuh: pairs of warps, 32 rows" },
+    { "pairs_of_warps", pairs_of_warps,  { 0 },         "llmc/attention_flash.cuh: 32 rows; dq by a second pass" },
     { "hopper",         hopper,          { 0 },         "llmc/attention_hopper.cuh: wgmma, dq added up by the copy engine", hopper_takes },
     { "hopper_any_order", hopper_any_order, { 0 },      "hopper, dq added up as blocks come: no turns", hopper_takes },
-#else
-    { "production",     production,      { 0 },         "llmc/attention_reference.cuh" },
 #endif
+    { "production",     production,      { 0 },         "our own that ships here" },
 #ifdef USE_CUDNN
     { "cudnn",          cudnn,           { 0 },         "the library; reproducible", cudnn_takes },
     { "cudnn_any_order", cudnn_any_order, { 0 },        "the library; other bits at each run", cudnn_takes },

@@ -21,13 +21,13 @@ Measured        H200, bf16, TFLOP/s, all in one run but online_softmax's 6.3. Ot
                 causal_tiles            241     248         273     280
                 p_in_registers          268     279         294     299
                 tiles_ahead             293     287         280     294
-                production              309     318         342     354
+                rows_of_32              309     318         342     354
                 hopper                  421     473         545     560
                 cudnn                   420     445         594     556
                 hopper / cudnn          1.00    1.06        0.92    1.01
-                hopper / production     1.36    1.49        1.59    1.58
+                hopper / rows_of_32     1.36    1.49        1.59    1.58
 
-ncu             8B: the tensor cores work 44 % of the time under mma_tiles, 49 under p_in_registers, 58 under production, 67 under
+ncu             8B: the tensor cores work 44 % of the time under mma_tiles, 49 under p_in_registers, 58 under rows_of_32, 67 under
                 hopper, 68 under cudnn; fragments keep shared memory 77, 75, 52, 44 and 45 % busy
                 (results/nvidia-h200/attention_forward.md)
 Look at         dram__bytes (unfused: the square), sm__inst_executed_pipe_tensor and sm__pipe_tensor_cycles_active (how long the
@@ -325,11 +325,21 @@ static void tiles_ahead(const Problem* p, int block, cudaStream_t stream) {
     ladder<true, true, true>(p, block, stream);
 }
 
+// ---- rows_of_32 -------------------------------------------------------------------------------
+// idea    32 queries to a warp, 128 to a block: each fragment of K and V serves two fragments of queries. What ships where hopper
+//         does not run: llmc/attention_flash.cuh
+// limit   registers: S, P and O of 32 rows fill them, so there is one warp to a scheduler at HD 128, two or three at HD 64.
+//         And mma.sync: 309 to 354 TFLOP/s
+
+static void rows_of_32(const Problem* p, int, cudaStream_t stream) {
+    attention_forward(ATTENTION_MMA, p->out, p->lse, p->qkv, p->s, p->scratch, stream);
+}
+
 // ---- hopper -----------------------------------------------------------------------------------
-// idea    what bounds production is the warp itself: it issues fragment loads, products and softmax in turn, and mma.sync
+// idea    what bounds rows_of_32 is the warp itself: it issues fragment loads, products and softmax in turn, and mma.sync
 //         reaches half of the tensor cores' rate here. wgmma reads both factors from shared memory that TMA fills, runs
 //         beside the program, and two or three warpgroups take turns: one multiplies while the others take powers. 1.4 to 1.6
-//         times production, 431 to 560 TFLOP/s, 1.01 to 1.07 times cudnn
+//         times rows_of_32, 0.92 to 1.06 times cudnn
 // limit   the powers: 16 a cycle. At HD 64 they need as long as the products, and there it stays at 0.8 of its rate at HD 128
 
 static void hopper(const Problem* p, int, cudaStream_t stream) {
@@ -343,13 +353,12 @@ static const char* hopper_takes(const Problem* p) {
 #endif
 
 // ---- production -------------------------------------------------------------------------------
-// idea    (bf16) 32 queries to a warp, 128 to a block: each fragment of K and V serves two fragments of queries
-// limit   registers: S, P and O of 32 rows fill them, so there is one warp to a scheduler at HD 128, two or three at HD 64.
-//         And mma.sync: 312 to 353 TFLOP/s
+// what of our own ships on this card and for this shape: hopper, rows_of_32 or, in fp32, unfused
 
 static void production(const Problem* p, int, cudaStream_t stream) {
-    const AttentionBackend backend = sizeof(floatX) == 2 ? ATTENTION_MMA : ATTENTION_REFERENCE;
-    attention_forward(backend, p->out, p->lse, p->qkv, p->s, p->scratch, stream);
+    Error passed_over;
+    const AttentionBackend ours = attention_choose(ATTENTION_HOPPER, p->s, false, &passed_over);
+    attention_forward(ours, p->out, p->lse, p->qkv, p->s, p->scratch, stream);
 }
 
 #ifdef USE_CUDNN
@@ -375,11 +384,10 @@ static const Variant<Problem> variants[] = {
     { "causal_tiles",   causal_tiles,    { 0 },         "tiles above the diagonal are left out, the longest first" },
     { "p_in_registers", p_in_registers,  { 0 },         "results of one product are factors of the next in place" },
     { "tiles_ahead",    tiles_ahead,     { 0 },         "cp.async: the next tile comes while this one is multiplied" },
-    { "production",     production,      { 0 },         "llmc/attention_flash.cuh: 32 queries a warp" },
+    { "rows_of_32",     rows_of_32,      { 0 },         "llmc/attention_flash.cuh: 32 queries a warp" },
     { "hopper",         hopper,          { 0 },         "llmc/attention_hopper.cuh: wgmma, TMA, warpgroups in turn", hopper_takes },
-#else
-    { "production",     production,      { 0 },         "llmc/attention_reference.cuh" },
 #endif
+    { "production",     production,      { 0 },         "our own that ships here" },
 #ifdef USE_CUDNN
     { "cudnn",          cudnn,           { 0 },         "the library", cudnn_takes },
 #endif

@@ -178,6 +178,7 @@ static inline void bench_help(const char* op) {
            "  --shape NAME        one shape of --list; or N=4096,C=3072: the first real shape with other sizes,\n"
            "                      small=1 among them: checked in full, not timed\n"
            "  --check             check, but do not time\n"
+           "  --small             the small shapes alone, which are checked and not timed: under compute-sanitizer\n"
            "  --profile           launch each variant once, unchecked, on one shape:\n"
            "                      ncu --profile-from-start off PROGRAM --only NAME --profile\n"
            "  --block N           of --profile: this block size instead of the first\n"
@@ -320,10 +321,10 @@ struct BenchProgram {
         const std::string& wanted = run->options.shape;
         Shape custom;
         std::vector<const Shape*> chosen;
-        for (int small = 1; small >= 0; small--)
+        for (int small = 1; small >= run->options.small; small--)
             for (const Shape& s : shapes)
                 if (s.small == (small == 1) && (wanted.empty() || wanted == s.name)) chosen.push_back(&s);
-        if (chosen.empty()) {
+        if (chosen.empty() && !wanted.empty()) {
             custom = bench_custom_shape(wanted, shapes, N_SHAPES);
             chosen.push_back(&custom);
         }
@@ -357,8 +358,8 @@ static inline BenchOptions bench_options(int argc, char** argv, const char* op, 
             *list = true;
             continue;
         }
-        if (name == "--check" || name == "--profile") {
-            (name == "--check" ? o.check : o.profile) = true;
+        if (name == "--check" || name == "--profile" || name == "--small") {
+            (name == "--check" ? o.check : name == "--small" ? o.small : o.profile) = true;
             continue;
         }
         static const char* const valued[] = { "--only", "--shape", "--json",      "--csv",

@@ -8,7 +8,7 @@ The rows of the lab's tables: how one is checked, timed and printed. See bench.c
 struct BenchOptions {
     std::vector<std::string> only;
     std::string shape, json, csv;
-    bool check, profile;
+    bool check, profile, small;
     int block; // of --profile; 0: the first in the row
     double time_limit;
     uint64_t seed;

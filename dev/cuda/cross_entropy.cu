@@ -50,8 +50,8 @@ static const Shape shapes[] = {
     { .name = "odd, beside the labels", .small = true, .N = 40, .V = 261 },
     { .name = "a part in four", .small = true, .N = 400, .V = 32003 },
     { .name = "half", .small = true, .N = 7, .V = 65541 },
-    { .name = "whole", .small = true, .N = 200, .V = 128256 },
-    { .name = "whole, beside the labels", .small = true, .N = 200, .V = 128256 },
+    { .name = "whole", .small = true, .N = 140, .V = 128256 },
+    { .name = "whole, beside the labels", .small = true, .N = 140, .V = 128256 },
     { .name = "beyond a cluster", .small = true, .N = 3, .V = 600007 },
 };
 
@@ -327,7 +327,7 @@ static void ring(const Problem* p, int block, cudaStream_t stream) {
 
 static const char* ring_refuses(const Problem* p) {
     if (hopper_refuses()) return hopper_refuses();
-    return cross_entropy_ring_takes(p->V, RING_PART) ? NULL : "a row does not fit the shared memory of a cluster";
+    return cross_entropy_ring_takes(p->V, RING_PART) ? NULL : "a row is shorter than two packs, or does not fit the shared memory of a cluster";
 }
 
 // ---- ring_ahead ------------------------------------------------------------------------------

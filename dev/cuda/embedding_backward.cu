@@ -67,7 +67,7 @@ static const Shape shapes[] = {
     { .name = "few", .small = true, .N = 1000, .C = 40, .V = 3 },
     { .name = "text", .small = true, .N = 4001, .C = 520, .V = 1000 },
     { .name = "padded text", .small = true, .N = 20000, .C = 16, .V = 5000 },
-    { .name = "many ids", .small = true, .N = 777, .C = 8, .V = 1000003 },
+    { .name = "many ids", .small = true, .N = 777, .C = 8, .V = 450007 },
 };
 
 // what CUB sorts in, as one piece of memory

@@ -168,8 +168,8 @@ __device__ __forceinline__ Angles<Bits> angles_at(const float* cos_table, const 
     Angles<Bits> a;
 #pragma unroll
     for (int j = 0; j < Angles<Bits>::N; j += 4) {
-        const Pack<float> c = STAY ? staying_load(cos_table + j) : pack_load(cos_table + j);
-        const Pack<float> s = STAY ? staying_load(sin_table + j) : pack_load(sin_table + j);
+        const Pack<float> c = STAY ? pack_load_staying(cos_table + j) : pack_load(cos_table + j);
+        const Pack<float> s = STAY ? pack_load_staying(sin_table + j) : pack_load(sin_table + j);
 #pragma unroll
         for (int k = 0; k < 4; k++) a.c[j + k] = c.x[k], a.s[j + k] = direct(s.x[k]);
     }
@@ -366,12 +366,12 @@ static void row_block(const Problem* p, int block, cudaStream_t stream) {
 
 // ---- tables_stay -----------------------------------------------------------------------------
 // idea    the order of row_block, but the second level is told to keep the tables (evict last), a megabyte at T 2048, while x
-//         passes
+//         passes. What ships: llmc/rope.h
 // limit   a table of 131072 positions is as large as the cache
 
 // ---- heads_share_angles ----------------------------------------------------------------------
 // idea    the angles stay in registers: a warp turns several heads of a row, a lane always the same pairs. Five heads a lane
-//         and all their loads before the first store: 5 KB under way for each warp
+//         and all their loads before the first store: 5 KB under way for each warp. This was llmc/rope.h
 // limit   at HD 64 in bf16 a lane's halves are 64 bytes apart: each line is asked for twice, by halves, and written twice
 
 // lanes that share a head, heads at once, and how the turns of a row are spread over warps
@@ -799,7 +799,7 @@ static const Variant<Problem> variants[] = {
     { "resident",               resident,                                 { 128, 256 },         "warps stay and fetch ahead", resident_refuses },
     { "copy_engine",            copy_engine,                              { 0 },                "TMA moves rows and angles, four under way for a block", engine_refuses },
     { "fused_with_split",       split<true>,                              { 128, 256, 512 },    "turned while the heads are moved apart (backward: together)", apart_only },
-    { "production",             production,                               { 0 },                "llmc/rope.h, in place on the projection's rows; apart: and a kernel that moves" },
+    { "production",             production,                               { 0 },                "llmc/rope.h: tables_stay, rows of few threads side by side; apart: and a kernel that moves" },
 };
 // clang-format on
 BENCH_MAIN(ROPE_DIRECTION > 0 ? "rope_forward" : "rope_backward", shapes, setup, reference, rows, traffic, flops,

@@ -61,17 +61,6 @@ template <Hint HINT> __device__ __forceinline__ void hint_store(int2* p, int2 v)
 }
 // clang-format on
 
-// four floats that the second level is to keep longer than others; for what is read again much later
-__device__ __forceinline__ Pack<float> staying_load(const float* p) {
-    uint64_t policy;
-    Pack<float> v;
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    asm("ld.global.nc.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
-        : "=f"(v.x[0]), "=f"(v.x[1]), "=f"(v.x[2]), "=f"(v.x[3])
-        : "l"(p), "l"(policy));
-    return v;
-}
-
 // ---- 16 or 8 bytes as floats -----------------------------------------------------------------
 // A bf16 is the upper half of a float: one shift for the lower of two, one mask for the upper. Two floats are rounded and
 // packed by one instruction.

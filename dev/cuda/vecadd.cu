@@ -105,22 +105,32 @@ static void grid_stride(const Problem* p, int block, cudaStream_t stream) {
 
 // ---- packs ------------------------------------------------------------------------------------
 // idea    16 bytes a thread and load, the most that one instruction moves: an eighth of the instructions for the same bytes
-// limit   the memory: what is left is the turning round between reading and writing, which a copy has too
+// limit   the memory: what is left is the turning round between reading and writing, which a copy has more of
 
+template <bool ONCE>
 static __global__ void packs_kernel(floatX* c, const floatX* a, const floatX* b, size_t n) {
     const size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * PACK;
     if (i >= n) return;
-    const PackX x = pack_load_once(a + i), y = pack_load_once(b + i);
+    const PackX x = ONCE ? pack_load_once(a + i) : pack_load(a + i),
+                y = ONCE ? pack_load_once(b + i) : pack_load(b + i);
     PackX sum;
     for (int k = 0; k < PACK; k++) sum.set(k, x.get(k) + y.get(k));
-    pack_store_once(c + i, sum);
+    if (ONCE)
+        pack_store_once(c + i, sum);
+    else
+        pack_store(c + i, sum);
 }
 
+template <bool ONCE>
 static void packs(const Problem* p, int block, cudaStream_t stream) {
     launch_require(p->n % PACK == 0, "packs", "N * C is a multiple of the numbers in 16 bytes");
-    packs_kernel<<<(unsigned)ceil_div((int64_t)(p->n / PACK), block), block, 0, stream>>>(p->c, p->a, p->b, p->n);
+    packs_kernel<ONCE><<<(unsigned)ceil_div((int64_t)(p->n / PACK), block), block, 0, stream>>>(p->c, p->a, p->b, p->n);
     launch_check();
 }
+
+// ---- marked_as_once ---------------------------------------------------------------------------
+// idea    packs, but nothing is needed twice: ld.cs and st.cs tell the caches to throw these lines out before others
+// limit   (measured below)
 
 // ---- the table: to add a variant, write it above and add one row ------------------------------
 
@@ -130,7 +140,8 @@ static const Variant<Problem> variants[] = {
     { "a_run_each",   a_run_each,   { 64, 128, 256, 512 },  "baseline: a thread adds 32 numbers in a row" },
     { "one_each",     one_each,     { 64, 128, 256, 512 },  "neighbouring lanes, neighbouring numbers" },
     { "grid_stride",  grid_stride,  { 128, 256, 512 },      "no more blocks than the GPU holds" },
-    { "packs",        packs,        { 64, 128, 256, 512 },  "16 bytes a thread and load" },
+    { "packs",        packs<false>, { 64, 128, 256, 512 },  "16 bytes a thread and load" },
+    { "marked_as_once", packs<true>, { 64, 128, 256, 512 }, "its loads marked ld.cs, its stores st.cs" },
 };
 // clang-format on
 BENCH_MAIN("vecadd", shapes, setup, reference, rows, traffic, flops, variants)
