@@ -17,7 +17,7 @@ simple          the rest: several queries at once (a prompt), fp32, other sizes.
 Numerics        S, m, l and o in fp32; ring rounds P to bf16 as a factor, as attention_flash.cuh does. Splits, and so the order
                 of sums, follow from the sizes alone: same bits at every run on one kind of GPU
 Bound by        memory: (pos + t) * 2*NKV*HD numbers a token. On an H200, HD 128 and 8 kv heads, ring reads 16 sequences of 8192
-                at 4.0 to 4.1 TB/s (95 to 97 % of a copy), one of 65536 at 2.8 to 3.5 TB/s, and takes 12 us for one of 2048,
+                at 4.16 TB/s (98 % of a copy), one of 65536 at 3.8 TB/s (91 %), and takes 12 us for one of 2048,
                 where simple takes 445: that reads at 19 GB/s, each head of a group for itself
 Proved by       dev/cuda/attention_decode.cu, dev/test/gpu/test_attention_cached.cuh (against the CPU); test_llama3.cu: greedy
                 tokens are as likely as llama3.c's
@@ -177,9 +177,9 @@ static void cached_add(floatX* out, const float* part, int heads, int splits, bo
     launch_check();
 }
 
-// so many that there are 8 blocks to a multiprocessor; others: blocks that there are for each split
-static inline int cached_splits(int keys, int64_t others) {
-    const int64_t most = ceil_div(keys, CACHED_SPLIT_KEYS), splits = 8 * (int64_t)gpu_processors() / others;
+// so many that there are so many blocks to a multiprocessor; others: blocks that there are for each split
+static inline int cached_splits(int keys, int64_t others, int blocks) {
+    const int64_t most = ceil_div(keys, CACHED_SPLIT_KEYS), splits = blocks * (int64_t)gpu_processors() / others;
     const int64_t some = splits < most ? splits : most;
     return some < 1 ? 1 : some < CACHED_SPLITS ? (int)some : CACHED_SPLITS;
 }
@@ -189,6 +189,8 @@ static inline int cached_splits(int keys, int64_t others) {
 // Instructions, fragments and swizzle are those of attention_flash.cuh
 
 enum { RING_KEYS = 16, RING_HEADS = 16, RING_THREADS = 128, RING_THREADS_MOST = 256 };
+// to a multiprocessor: as many as run at once. With 8, in waves of shorter blocks, it takes 4 to 11 % longer
+enum { RING_BLOCKS = 2 };
 
 template <int HD>
 constexpr int RING_BUFFERS = HD <= 64 ? 6 : 3;
@@ -310,7 +312,7 @@ static void cached_ring(floatX* out, const floatX* q, Rows cache, int B, int key
                         int threads, cudaStream_t stream) {
     const size_t warps = (size_t)threads / WARP, merge = warps * RING_HEADS * (HD + 2) * sizeof(float),
                  rings = warps * RING_BUFFERS<HD> * RING_BYTES<HD>, shared = rings > merge ? rings : merge;
-    const int splits = cached_splits(keys, (int64_t)B * NKV);
+    const int splits = cached_splits(keys, (int64_t)B * NKV, RING_BLOCKS);
     flash_allow(cached_ring_kernel<HD, Rows>, shared);
     cached_ring_kernel<HD, Rows><<<dim3((unsigned)splits, (unsigned)NKV, (unsigned)B), threads, shared, stream>>>(
         out, (float*)scratch, q, cache, NH, NKV, 1.4426950408889634f / sqrtf((float)HD));

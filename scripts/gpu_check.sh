@@ -214,6 +214,7 @@ arrive_as_sync() {
 
 stage_sanitize() {
     local bf16 op running=0
+    local -x OMP_NUM_THREADS=$(((jobs + 11) / 12)) # or the threads of twelve programs wait for each other
     bf16=$(folder BF16)
     check sanitize.log 60 "the sanitizer finds what was planted" planted
     check sanitize.log 60 "racecheck misjudges what it did" misjudged
@@ -241,6 +242,7 @@ stage_sanitize() {
 # the lab's programs, whose small shapes are checked in full meanwhile: eight at a time
 stage_sanitize_lab() {
     local program name tool
+    local -x OMP_NUM_THREADS=$(((jobs + 7) / 8)) # or the threads of eight programs wait for each other
     for program in build/lab/cuda/*-BF16; do
         name=$(basename "$program" -BF16)
         case " ${LAB_FILES:-$name} " in *" ${name%%_*} "* | *" $name "*) ;; *) continue ;; esac

@@ -246,9 +246,11 @@ static void heads_share_loads(const Problem* p, int block, cudaStream_t stream) 
 // limit   what is under way waits in registers: 2 loads a thread and 512 threads, which the registers of 4 heads leave, are 16 KB
 //         a multiprocessor. And every number is converted and multiplied 4 times by the CUDA cores, with shuffles between
 
+enum { SPLIT_BLOCKS = 8 }; // to a multiprocessor
+
 static void split_cache(const Problem* p, int block, cudaStream_t stream) {
     const int64_t others = (int64_t)p->B * p->NKV * ceil_div(p->NH / p->NKV, SHARED_HEADS);
-    lanes<SHARED_HEADS>(p, cached_splits(p->T, others), block, stream);
+    lanes<SHARED_HEADS>(p, cached_splits(p->T, others, SPLIT_BLOCKS), block, stream);
 }
 
 #ifndef PRECISION_FP32
