@@ -21,11 +21,11 @@ Reached         on an H200, % of a copy of the same bytes; m: master weights, 32
                     one_each              88      80      76      58                            23
                     launch_each           90      85      78      61                            18
                     packs_of_gradients    87                                                    14
-                    segments              96      98      97      82                           102
-                    eight_bits                                            95      68
-                    production            96      98      97      99                           100
+                    segments              97      98      97      82                           101
+                    eight_bits                                            96      68
+                    production            97      98      97      98                            99
 
-                in us: production 1667, 1293, 1182 and 813, eight_bits 967 and 853, lean 1185 and 832
+                in us: production 1661, 1292, 1178 and 816, eight_bits 965 and 852, lean 1182 and 832
 Metrics         dram__throughput, sm__inst_issued and why warps wait, by ncu (results/nvidia-h200/adamw.md): without master
                 weights memory is 71 % busy under one_each, 78 under launch_each, 86 under segments and production, which
                 wait for loads more than half of the time at 60 % of the issue slots

@@ -18,21 +18,22 @@ Measured        H200, bf16, TFLOP/s, all in one run
 
                                         1B      1B long     8B      8B long     HD 64, B 4 T 4096; B 2 T 8192; HD 128, the same
                 unfused                 38      45          72      88
-                dq_atomics              218     225         220     229
+                dq_atomics              221     229         222     231
                 dq_in_order             66      65          61      60
-                dq_second_pass          233     232         237     248
-                dq_wide_atomics         303     320         313     334
-                pairs_of_warps          239     243         261     270
-                FlashAttention-2        241     259         277     294
-                hopper                  379     407         414     446
-                hopper_any_order        394     433         427     462
-                cudnn                   260     286         380     405             reproducible
-                cudnn_any_order         373     403         448     487
-                dq_wide / FlashAttn-2   1.26    1.24        1.13    1.14
-                dq_wide / pairs_of_w.   1.27    1.32        1.20    1.24
-                hopper / cudnn          1.46    1.42        1.09    1.10
-                hopper / cudnn_any_o.   1.02    1.01        0.92    0.91
-                any order, both         1.06    1.07        0.95    0.95
+                dq_second_pass          234     238         246     249
+                dq_wide_atomics         311     324         306     328
+                pairs_of_warps          239     244         263     272
+                FlashAttention-2        241     261         277     296
+                hopper                  384     414         424     450
+                hopper_any_order        403     443         438     472
+                production              389     418         428     465         hopper's kernel, run first
+                cudnn                   261     286         387     408         reproducible
+                cudnn_any_order         375     408         465     492
+                dq_wide / FlashAttn-2   1.29    1.24        1.10    1.11
+                dq_wide / pairs_of_w.   1.30    1.33        1.16    1.21
+                hopper / cudnn          1.47    1.45        1.10    1.10
+                hopper / cudnn_any_o.   1.02    1.01        0.91    0.91
+                any order, both         1.07    1.09        0.94    0.96
 
 The answer      with mma.sync, nobody, if the bits must be the same at each run: two products more cost less than the atomics of
                 dq_atomics, and much less than turns that all warps of a block wait for. Where bits may differ from run to run,
@@ -40,9 +41,12 @@ The answer      with mma.sync, nobody, if the bits must be the same at each run:
                 rows, FlashAttention-2 included. With wgmma, in order: the copy engine adds and one thread waits, while the
                 products go on
 
+ncu             8B: the tensor cores work 37 % of the time under dq_atomics, 53 under dq_second_pass, 54 under dq_wide_atomics, 60
+                under pairs_of_warps, and 56 at twice the rate under hopper (59 in any order). Fragments keep shared memory
+                85 % busy under dq_second_pass, 59 under pairs_of_warps; 5.3 GB go to and from memory under dq_atomics, 2.7
+                under pairs_of_warps, 4.2 under hopper (results/nvidia-h200/attention_backward.md)
 Look at         lts__t_sectors_op_red (atomics: 4 bytes of fp32 for each 10 FLOPs and key of a tile),
-                smsp__average_warps_issue_stalled_barrier (dq_in_order: the wait for a turn), sm__pipe_tensor_cycles_active.
-                ncu's figures for each variant stand in results/nvidia-h200/attention_backward.md after a report with NCU=90
+                smsp__average_warps_issue_stalled_barrier (dq_in_order: the wait for a turn), sm__pipe_tensor_cycles_active
 */
 #ifdef USE_CUDNN
 #define YARDSTICK "cudnn"
@@ -737,7 +741,7 @@ static const char* wide_takes(const Problem* p) {
 // ---- pairs_of_warps ---------------------------------------------------------------------------
 // idea    two warps share 32 keys, one computes P^T and dV, the other dP^T and dK: a fragment serves 32 keys, and the sums of a
 //         warp are half as many. dQ in a second pass. What ships where hopper does not run: llmc/attention_flash.cuh
-// limit   the instruction: mma.sync reaches half of the tensor cores' rate on Hopper. 239 to 270 TFLOP/s, 1.03 to 1.10 times
+// limit   the instruction: mma.sync reaches half of the tensor cores' rate on Hopper. 239 to 272 TFLOP/s, 1.02 to 1.09 times
 //         dq_second_pass
 
 static void pairs_of_warps(const Problem* p, int, cudaStream_t stream) {

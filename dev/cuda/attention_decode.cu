@@ -10,16 +10,19 @@ Bytes           K and V once: 2*NKV*HD numbers a cached token, 4096 bytes for 8B
                 are 537 MB. All else (q, out, what splits leave behind) is less than a hundredth of that
 The floor       an H200 (132 multiprocessors) copies 4.30 TB/s: 125 us. A multiprocessor then takes in 19 bytes a cycle, and one
                 byte waits about 1 us: 33 KB must be under way on each, all the time
-Measured        H200, bf16, us (TB/s). Of one sequence, two runs with different results
+Measured        H200, bf16, us (TB/s), all in one run
 
-                                        8B              8B one long         8B one short    1B
-                block_a_head            28887 (0.02)    14414               455             24141
-                lanes_share_a_key       529 (1.02)      4069                134             276 (0.97)
-                heads_share_loads       516 (1.04)      4032                134             256 (1.05)
-                split_cache             297 (1.81)      166, 156 (1.6, 1.7) 26, 19          153 (1.76)
-                ring                    131 (4.11)      95, 77 (2.84, 3.47) 12              71 (3.77)
-                paged                   132 (4.06)      95, 78 (2.81, 3.43) 12              73 (3.67)
-                a copy                  127 (4.23)      65 (4.16)           6 (1.43)        65 (4.16)
+                                        8B              8B one long     8B one short    1B
+                block_a_head            28852 (0.02)    14404           455             24125
+                lanes_share_a_key       530 (1.01)      4092            135             277 (0.97)
+                heads_share_loads       517 (1.04)      4063            135             255 (1.05)
+                split_cache             298 (1.81)      157 (1.71)      19              153 (1.75)
+                ring                    127 (4.24)      70 (3.86)       12              68 (3.95)
+                paged                   128 (4.21)      70 (3.82)       12              71 (3.79)
+                production              -               69 (3.88)       12              -
+                FlashAttention-2        133 (4.04)      83 (3.23)       17              81 (3.32)
+                cuDNN (torch)           124 (4.33)      70 (3.84)       13              72 (3.72)
+                a copy                  127 (4.23)      65 (4.15)       6 (1.37)        65 (4.15)
 
 Look at         dram__bytes_read.sum.per_second; lts__t_sectors (heads that read the same K and V again);
                 sm__warps_active (blocks that end before others); smsp__inst_executed and the stall reasons
@@ -257,9 +260,10 @@ static void split_cache(const Problem* p, int block, cudaStream_t stream) {
 // ---- ring -------------------------------------------------------------------------------------
 // idea    copies go straight to shared memory and take no registers: 8 warps with 2 tiles of 8 KB under way are 128 KB. The tensor
 //         cores multiply for all heads of the group at once. The second kernel is launched while the first ends. 1.6 to 2.3
-//         times split_cache, 97 % of a copy for 16 sequences of HD 128, 91 % at HD 64
+//         times split_cache: 100 % of a copy for 16 sequences of HD 128, 95 at HD 64, 93 for a long one. Lost: 8 blocks to a
+//         multiprocessor instead of 2, which run in four waves: 4 to 11 % longer
 // limit   the memory; what is left is the start of a block and the end of the last: half of the time of a short sequence (12
-//         us, a copy 6), a third to a sixth of that of one long one
+//         us, a copy 6), a fifteenth of that of a long one
 
 // all sequences of the batch, T rows each
 struct BatchRows {

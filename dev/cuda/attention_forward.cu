@@ -11,22 +11,24 @@ FLOPs           2 * B*NH*HD * T^2: two products of 2*HD for each of T^2/2 pairs.
 Powers          B*NH * T^2/2, one for 4*HD FLOPs. An H200 (132 multiprocessors) has 16 a cycle on each beside 4096 FLOPs of the
                 tensor cores: at HD 64 the powers take as long as the products, at HD 128 half as long
 The floor       at some 700 TFLOP/s: HD 128, B 4, T 4096 is 550 GFLOP, 0.79 ms. q, k, v, out are 0.34 GB, 0.08 ms at 4.3 TB/s
-Measured        H200, bf16, TFLOP/s, all in one run but online_softmax's 6.3. Others gave cudnn 540 to 591 and hopper 545 to 560
-                at the 8B shape
+Measured        H200, bf16, TFLOP/s, all in one run but online_softmax's 6.3
 
                                         1B      1B long     8B      8B long     HD 64, B 4 T 4096; B 2 T 8192; HD 128, the same
-                unfused                 29      31          56      61
+                unfused                 29      31          56      62
                 online_softmax          4.1 (1B short)      6.3
-                mma_tiles               123     125         138     142
-                causal_tiles            241     248         273     280
-                p_in_registers          268     279         294     299
-                tiles_ahead             293     287         280     294
-                rows_of_32              309     318         342     354
-                hopper                  421     473         545     560
-                cudnn                   420     445         594     556
-                hopper / cudnn          1.00    1.06        0.92    1.01
-                hopper / rows_of_32     1.36    1.49        1.59    1.58
+                mma_tiles               123     125         140     142
+                causal_tiles            243     252         277     286
+                p_in_registers          274     278         295     289
+                tiles_ahead             289     289         289     294
+                rows_of_32              308     316         346     360
+                hopper                  440     481         570     571
+                production              442     494         574     642
+                cudnn                   427     440         569     586
+                hopper / cudnn          1.03    1.09        1.00    0.97
+                hopper / rows_of_32     1.43    1.52        1.65    1.59
 
+                production is the kernel of hopper, run first, when the card is cool: what is between the two is the power
+                limit. Other runs: hopper 421 to 440 (1B) and 545 to 570 (8B), cudnn 420 to 445 and 540 to 594
 ncu             8B: the tensor cores work 44 % of the time under mma_tiles, 49 under p_in_registers, 58 under rows_of_32, 67 under
                 hopper, 68 under cudnn; fragments keep shared memory 77, 75, 52, 44 and 45 % busy
                 (results/nvidia-h200/attention_forward.md)
@@ -329,7 +331,7 @@ static void tiles_ahead(const Problem* p, int block, cudaStream_t stream) {
 // idea    32 queries to a warp, 128 to a block: each fragment of K and V serves two fragments of queries. What ships where hopper
 //         does not run: llmc/attention_flash.cuh
 // limit   registers: S, P and O of 32 rows fill them, so there is one warp to a scheduler at HD 128, two or three at HD 64.
-//         And mma.sync: 309 to 354 TFLOP/s
+//         And mma.sync: 308 to 360 TFLOP/s
 
 static void rows_of_32(const Problem* p, int, cudaStream_t stream) {
     attention_forward(ATTENTION_MMA, p->out, p->lse, p->qkv, p->s, p->scratch, stream);
@@ -339,7 +341,7 @@ static void rows_of_32(const Problem* p, int, cudaStream_t stream) {
 // idea    what bounds rows_of_32 is the warp itself: it issues fragment loads, products and softmax in turn, and mma.sync
 //         reaches half of the tensor cores' rate here. wgmma reads both factors from shared memory that TMA fills, runs
 //         beside the program, and two or three warpgroups take turns: one multiplies while the others take powers. 1.4 to 1.6
-//         times rows_of_32, 0.92 to 1.06 times cudnn
+//         times rows_of_32, 0.97 to 1.09 times cudnn
 // limit   the powers: 16 a cycle. At HD 64 they need as long as the products, and there it stays at 0.8 of its rate at HD 128
 
 static void hopper(const Problem* p, int, cudaStream_t stream) {

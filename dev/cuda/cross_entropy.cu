@@ -16,11 +16,11 @@ Reached         on an H200, bf16, % of a copy
                     online_softmax      62          61
                     in_place            72          82
                     registers           69          94          31
-                    ring                81          85          3
-                    ring_ahead          74          81          2
-                    production          87          94          31
+                    ring                81          84          1
+                    ring_ahead          74          67          1
+                    production          88          94          31
 
-                50304 numbers, which two blocks would hold in registers: registers 70, ring 76
+                50304 numbers, which two blocks would hold in registers: registers 70, ring 76 (in another run)
 In a step       of the 1B model, between products, the ring gains nothing over registers: 2.7 TB/s either way. It fills two thirds
                 of the issue slots at full clock (ncu), and the clock is lower there: probably it is instructions that count
 */

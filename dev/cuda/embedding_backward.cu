@@ -15,14 +15,14 @@ Reached         on an H200, % of a copy, each row at its best block size
                                             text  random  padded     text  random    text
                     row_of_table_per_block   1.5     2.2     0.3      2.9     4.3     0.9
                     atomics                   17      18      13       18      19      15
-                    block_per_run             26      31      16       36      42      17
-                    tiles                     37      46      32       50      60      31
-                    production                61      72      43       69      79      39
-                    pieces                    53      74      34       65      81      23
-                    pieces_early              55      79      33       66      84      23
+                    block_per_run             26      31      16       36      41      17
+                    tiles                     37      45      32       49      59      31
+                    production                61      72      45       69      79      40
+                    pieces                    53      75      34       64      82      23
+                    pieces_early              55      78      34       66      83      23
 
-                us, 1B and 8B: text: block_per_run 123 and 174, production 53 and 89, pieces_early 58 and 94; random: 152 and
-                223, 65 and 115, 60 and 109. Production, of tiles of 32 rows, is the best for text and padding; pieces_early is
+                us, 1B and 8B: text: block_per_run 124 and 175, production 53 and 90, pieces_early 59 and 95; random: 153 and
+                224, 65 and 117, 60 and 111. Production, of tiles of 32 rows, is the best for text and padding; pieces_early is
                 for random tokens. Repeated runs differ by 1 to 6 % where a row takes less than 100 us
 Metrics         dram__throughput and the loads that are waited for, by ncu (results/nvidia-h200/embedding_backward.md), 8B, random
                 tokens: memory is 51 % busy under block_per_run, 74 under production's longest kernel, 56 under pieces; 80 % of

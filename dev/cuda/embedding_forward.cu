@@ -6,10 +6,10 @@ Embedding, forward: row n of x is the row of the table that token n names.
 Counted         each row of w that is named is read once, each row of x written once, and the ids: (distinct + N) * C numbers.
                 Text names the same rows again and again; those come from the L2, so that there writing is most of it
 The card        an H200 copies 4.30 TB/s: N 16384, C 2048 in bf16 and all ids different, 134 MB, a floor of 31 us
-Reached         on an H200, % of a copy, 1B and 8B, random tokens: one_each 26 and 23, row_per_warp 46 and 42, packs 100 and
-                90, bulk 105 and 90, production 99 and 90
+Reached         on an H200, % of a copy, 1B and 8B, text: one_each 23 and 20, row_per_warp 40 and 35, packs 98 and 86, bulk 100
+                and 84, production 102 and 90; random tokens: 25 and 23, 45 and 42, 101 and 91, 105 and 92, 103 and 92
 Metrics         dram__throughput and what warps wait for, by ncu (results/nvidia-h200/embedding_forward.md), 8B: memory is 16 % busy
-                under one_each, 29 under row_per_warp, 70 under packs, bulk and production
+                under one_each, 29 under row_per_warp, 70 to 74 under packs, bulk and production
 */
 #include "bench.cuh"
 #include "llmc/hopper.cuh"

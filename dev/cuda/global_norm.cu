@@ -12,8 +12,8 @@ Numerics        squares are summed in double from 8 numbers on. In fp32 this sum
                 cancel
 Same bits       all rows but the first add in a fixed order
 Bound by        memory. A step has this kernel between the last gradient and the first update: what it takes, the step takes
-Reached         H200, bf16, 1B, in % of a copy: an atomic a block 13, resident blocks with 2-byte loads 32, packs 103, four
-                under way 106, in one launch 105 (and 3 us less, which shows at a layer's size), production 103
+Reached         H200, bf16, 1B, in % of a copy: an atomic a block 13, resident blocks with 2-byte loads 32, packs 105, four
+                under way 109, in one launch 109 (and 3 us less, which shows at a layer's size), production 107
 Metrics         dram__throughput, smsp__warps_issue_stalled_long_scoreboard; lts__t_sectors_op_atom for the first row
 In llmc         sum_of_squares and global_norm of llmc/adamw.h; reduce.cu has the ladder that leads to their form
 */

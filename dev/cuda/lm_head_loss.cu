@@ -15,13 +15,16 @@ Rows            in the column of block sizes. A chunk must be large: each reads 
 Reached         on an H200, ms, with the best number of rows; MB beyond x, w, dx, dw and the losses
 
                                     1B                          8B
-                    whole        19.62, 2101 MB              40.28, 2101 MB     spread 21 % and 17 %
-                    chunks       20.18,  263 MB              39.87,  525 MB
-                    chunks_fp32  21.19, 1576 MB              39.47, 3152 MB
-                    two_streams  19.48, 1051 MB              37.94, 1051 MB     chunks of 2048 rows, the logits of two of them
-                    production   19.31,  525 MB              37.68,  525 MB     669 and 685 TFLOP/s
+                    whole        20.20, 2101 MB              40.39, 2101 MB     spread 27 % and 19 %
+                    chunks       19.04,  525 MB              40.33,  263 MB
+                    chunks_fp32  20.91, 1576 MB              39.16, 3152 MB
+                    two_streams  19.01, 1051 MB              38.80, 1051 MB     chunks of 2048 rows, the logits of two of them
+                    production   19.04,  525 MB              38.28,  525 MB     678 and 675 TFLOP/s
 
-                torch.compile in the same call: 19.43 and 37.70 ms, 0.99 and 1.00 x production; torch eager 29.5 and 49.3
+                torch.compile in the same call: 18.78 and 37.44 ms, 0.99 and 0.98 x production; torch eager 29.2 and 46.3.
+                The card's clock is all the difference: of production, 19.0 to 19.7 and 37.7 to 38.3 in three runs
+ncu             8B, all kernels: 48 GB read and written under whole, 45 under chunks and two_streams, 38 under production; in the
+                products the tensor cores work 99 % of the time, and nothing else matters (results/nvidia-h200/lm_head_loss.md)
 Error of dw     root mean square, 1B and 8B: 1.23e-3 and 1.12e-3 when the sum is fp32 and is rounded once; rounded after each
                 chunk 1.48e-3 and 1.31e-3 with 2048 rows, as production, 1.51e-3 and 1.33e-3 with 1024
 */

@@ -19,31 +19,36 @@ Measured        on an H200, TFLOP/s and beside it the ratio to cuBLASLt, all in 
                     coalesced                           5.5     0.01    6.6     0.01
                     shared_tile         7.0     0.01    7.3     0.01    7.1     0.01
                     register_tile       27      0.03    27      0.03    26      0.04
-                    vectors             45      0.06    44      0.06    44      0.07
+                    vectors             45      0.05    44      0.05    43      0.07
                     double_buffer       47      0.06    47      0.06    46      0.07
-                    mma_sync            67      0.09    66      0.08    65      0.10
-                    ldmatrix            247     0.32    232     0.29    222     0.35
-                    cp_async            303     0.39    317     0.39    310     0.48
-                    wgmma_tma           534     0.69    572     0.71    511     0.80
-                    warp_specialised    636     0.82    565     0.70    518     0.81
-                    grouped             645     0.83    598     0.74    527     0.82
-                    multicast           655     0.85    585     0.73    499     0.78
-                    persistent          691     0.89    768     0.96    607     0.94
-                    staggered           717     0.93    768     0.96    594     0.92
-                    cuBLASLt            775     1       803     1       643     1
+                    mma_sync            68      0.08    66      0.08    65      0.10
+                    ldmatrix            247     0.30    235     0.29    222     0.35
+                    cp_async            323     0.39    328     0.40    307     0.48
+                    wgmma_tma           541     0.66    577     0.70    506     0.80
+                    warp_specialised    644     0.78    564     0.68    513     0.81
+                    grouped             665     0.81    576     0.70    525     0.82
+                    multicast           669     0.81    554     0.67    498     0.78
+                    persistent          694     0.84    751     0.91    609     0.96
+                    staggered           732     0.89    781     0.95    593     0.93
+                    cuBLASLt            825     1       825     1       637     1
 
                 "nine": the ratio over the nine shapes that are timed, geometric mean, in an earlier run: staggered 0.945,
                 persistent 0.94, grouped 0.83, warp_specialised 0.78, wgmma_tma 0.73
 
-                staggered elsewhere: 1B o 753 TFLOP/s, 1.00; gate_up 710, 0.98; down 746, 0.94; 8B qkv 720, 0.87; gate_up 700,
-                0.97; down 697, 0.97. Long shapes meet the power limit: within a run times of one kernel mostly
-                spread over 2 to 10 %, and cuBLASLt's 8192 cubed was 730 to 820 in four runs. Only 1B qkv and o are quiet, 1 to
-                2 %. Differences of a few per cent elsewhere, and of 0.01 in "nine", are noise
+                staggered elsewhere, TFLOP/s and ratio: 1B o 767, 1.00; gate_up 711, 0.88; down 745, 0.97; 8B qkv
+                719, 0.86; gate_up 704, 0.97; down 711, 0.98. Long shapes meet the power limit: within a run
+                times of one kernel mostly spread over 2 to 10 %, and cuBLASLt's 8192 cubed was 730 to 825 in five runs, so
+                that staggered was 0.89 to 0.93 of it. Only 1B qkv and o are quiet, 1 to 2 %. Differences of a few per cent
+                elsewhere, and of 0.01 in "nine", are noise
 Lost            over the nine: three stages with room for all outputs of a tile, 0.93, 0.93, 0.945 in groups of 4, 8, 16, a draw
                 with staggered; four stages in step, in groups of 4 and 16, 0.92; 512 cycles late instead of 1024, 0.94; no
                 clusters, 0.88 with four stages (its spread 22 and 26 % at two shapes), 0.92 with three
 Shapes          M any, N and K multiples of 8 (16 bytes, as copies and tensor maps want them). Beyond the edges factors read as
                 zero and nothing is written
+ncu             8B qkv: the tensor cores work 11 % of the time under mma_sync, whose fragments keep shared memory 88 % busy, 38
+                under ldmatrix, 58 under cp_async, 78 under wgmma_tma, 80 under warp_specialised, 93 under persistent and
+                staggered, 98 under cuBLASLt. From memory come 3.3 GB under warp_specialised, 0.8 under grouped
+                (results/nvidia-h200/matmul.md)
 Look at         sm__inst_executed_pipe_tensor (is the tensor core what runs), l1tex__data_bank_conflicts_pipe_lsu (plain
                 fragments), smsp__average_warps_issue_stalled_barrier (wgmma_tma), dram__bytes_read (what grouped saves),
                 lts__t_sectors (what multicast saves)

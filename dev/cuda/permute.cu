@@ -11,7 +11,7 @@ What must move  each number is read and written once: 2*B*T * (2*NH + 2*NKV) * H
                 156 us at the 4.30 TB/s of a copy on the H200; 32 layers forward and backward: 10 ms of each step
 Bound by        memory; a head's row of one token is 128 or 256 bytes (HD 64 or 128 in bf16), whole lines, so that nothing
                 is read or written in vain in any order
-Reached         H200, bf16, in % of a copy: divisions 19, warp_per_row 37 to 41, all rows with 16-byte accesses 88 to 91: once
+Reached         H200, bf16, in % of a copy: divisions 19, warp_per_row 37 to 40, all rows with 16-byte accesses 88 to 94: once
                 they are wide it makes no difference which side is in runs, nor who computes the addresses
 Metrics         smsp__inst_executed (index arithmetic), l1tex__average_t_sectors_per_request, dram__throughput
 In llmc         nothing is permuted, which is faster than any row of the table. Attention reads heads where they lie: from

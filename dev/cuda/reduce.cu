@@ -10,7 +10,7 @@ Bound by        memory, in the end. Before that, in the order of the ladder: ato
                 conflicts, barriers, launches, and the number of bytes that one instruction asks for
 Reached         H200, 2^28 numbers of bf16, in % of a copy: atomics 0.03 (570 million a second: the L2 cache takes one in
                 three cycles), trees 9 to 10 with bank conflicts last, two numbers a thread 20, no barriers in the last warp
-                27, shuffles 28, eight loads of 2 bytes under way 49, 16 bytes a load 103, cub 92. What a rung is worth has
+                27, shuffles 28, eight loads of 2 bytes under way 48, 16 bytes a load 106, cub 94. What a rung is worth has
                 changed since 2007: conflicts cost more than divergence, and the width of a load more than all else
 Numerics        an fp32 sum of n numbers one after the other loses sqrt(n) * 2^-24 of its size or so; trees lose log2(n) *
                 2^-24. Inputs have a mean of 4 / sqrt(n) beside their variance of 1: without it the sum might be next to

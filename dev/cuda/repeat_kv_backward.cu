@@ -11,8 +11,8 @@ Not repeating   has no row here either: the backward kernels of our attention ad
                 registers (attention_flash.cuh), and write dk and dv once. repeat_kv_forward.cu has the bytes saved
 Under way       G loads to a thread, and nothing can be stored before the last has come. All must be asked for at once: a loop
                 that adds after each load waits G times for the memory
-Reached         H200, bf16, % of a copy, HD 64 and 128: one_number 32.1 30.3, packs 96.8 98.9, group_at_once 104.2 105.3,
-                copy_engine 95.2 96.6, production 99.6 103.4. Beyond 100, as four fifths are read and reading is the faster half
+Reached         H200, bf16, % of a copy, HD 64 and 128: one_number 32.5 30.3, packs 96.6 99.1, group_at_once 105.4 105.2,
+                copy_engine 96.3 96.9, production 101.0 103.0. Beyond 100, as four fifths are read and reading is the faster half
 Metrics         smsp__warps_issue_stalled_long_scoreboard, dram__throughput, l1tex__t_sectors_pipe_lsu_mem_global_op_ld beside
                 the requests
 */

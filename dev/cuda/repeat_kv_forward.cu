@@ -16,8 +16,8 @@ Not repeating   is the last variant, and has no row, because it launches nothing
                 the same lines of the L2 cache
 Writes          four fifths of the bytes are written, of a copy half: memory takes writes less readily than reads, and this op
                 is measured by a copy
-Reached         H200, bf16, % of a copy, HD 64 and 128: one_number 21.2 20.9, head_per_warp 41.5 47.9, packs 91.8 90.3,
-                stores_once 90.2 92.1, copy_engine 92.7 91.9, production 93.4 94.5. Once loads are wide, writing is the end
+Reached         H200, bf16, % of a copy, HD 64 and 128: one_number 21 21, head_per_warp 42 47, packs 93 90, stores_once 91 94,
+                copy_engine 93 90, production 94 90 (95 in another run). Once loads are wide, writing is the end
 Metrics         lts__t_sectors_op_write beside dram__sectors_write, l1tex__t_sectors_pipe_lsu_mem_global_op_ld (x once or G
                 times), l1tex__t_requests_pipe_lsu_mem_global_op_st
 */

@@ -10,7 +10,7 @@ In llmc         nothing adds alone: residual_rmsnorm_forward (llmc/rmsnorm.h) ad
                 to learn here is how a kernel with nothing to compute keeps memory busy. Little's law: 4.30 TB/s for some
                 700 ns is 3 MB under way at a time, 23 KB for each of the 132 multiprocessors, of which two thirds are loads
 Reached         H200, bf16, in % of a copy: scalar 49, packs 103 (of three numbers two are read, and reading is the faster
-                half), four packs a thread the same; marked as seen once 97, resident blocks 101, the copy engine 100. The
+                half), four packs a thread the same; marked as seen once 96, resident blocks 100, the copy engine 100. The
                 simplest kernel with 16-byte loads is the best one
 Metrics         l1tex__average_t_sectors_per_request (how many sectors a request brings: 2 of scalar bf16, 16 of 16-byte
                 loads), smsp__warps_issue_stalled_long_scoreboard (waiting for loads), dram__throughput

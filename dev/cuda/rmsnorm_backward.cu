@@ -14,27 +14,27 @@ What decides    dx wants a sum over the row, dw one over the column. The first a
 Reached         H200, bf16, % of a copy; "dres" with the residual gradient; - where the registers or threads hold no row
 
                                         C 2048      C 4096      C 8192      C 16384     dres, 2048  dres, 4096  dres, 16384
-                    added_apart         -           -           -           -           60.2        62.8        64.6
-                    loops_of_the_cpu    1.5         2.2         2.9         3.4         1.9         2.7         4.0
-                    atomics             2.3         3.9         5.0         7.4         2.9         4.9         10.0
-                    two_kernels         40.5        40.9        41.9        42.4        47.1        47.5        49.6
-                    block_atomics       45.4        64.1        65.6        -           54.6        76.1        -
-                    partial_sums        81.2        75.9        69.4        -           83.9        86.1        -
-                    last_block          47.2        63.2        62.2        -           57.7        76.5        -
-                    row_ahead           80.6        88.0        52.0        -           93.1        97.3        -
-                    pack_each           87.1        90.6        94.9        -           90.9        93.4        -
-                    side_by_side        79.8        91.1        94.0        85.3        88.9        92.2        97.3
-                    tickets             74.4        87.7        90.4        81.4        85.0        94.5        99.1
-                    producer_warp       89.0        91.8        97.9        93.4        90.7        93.4        98.2
-                    cluster             68.5        82.4        90.3        93.3        80.8        89.0        84.0
-                    production          85.7        91.7        94.2        94.1        88.4        93.7        98.0
+                    added_apart         -           -           -           -           60.4        63.0        64.7
+                    loops_of_the_cpu    1.5         2.2         3.0         3.4         1.9         2.8         3.9
+                    atomics             2.3         3.9         5.1         7.5         2.9         5.0         10.1
+                    two_kernels         40.1        41.4        42.2        42.6        47.4        47.4        49.6
+                    block_atomics       45.3        64.3        65.7        -           55.0        76.1        -
+                    partial_sums        79.7        76.4        69.2        -           84.0        86.2        -
+                    last_block          46.9        63.6        62.2        -           58.1        76.2        -
+                    row_ahead           80.8        87.6        52.3        -           93.0        97.5        -
+                    pack_each           86.0        90.5        95.4        -           90.3        93.4        -
+                    side_by_side        80.0        91.2        94.3        85.1        89.5        92.1        97.5
+                    tickets             74.8        87.6        90.9        80.5        85.3        94.9        99.2
+                    producer_warp       87.5        92.2        97.2        94.3        90.1        93.6        98.3
+                    cluster             67.9        82.5        90.6        93.2        81.4        89.1        83.7
+                    production          85.2        92.1        94.2        95.1        88.7        93.4        97.9
 
                 Lost: tickets on every shape without dres; cluster on short rows, and with dres at C 16384; row_ahead at
                 C 8192, for want of registers; one_launch and early_sum are within 2 % of side_by_side
 Metrics         lts__t_sectors_op_red (atomics), dram__bytes_read (two_kernels: x and dy twice),
                 smsp__average_warps_issue_stalled_barrier (cluster, pack_each), smsp__warps_issue_stalled_long_scoreboard
                 (block_atomics, partial_sums), dram__throughput (production). ncu's figures for each variant stand in
-                results/nvidia-h200/rmsnorm_backward.md and residual_rmsnorm_backward.md after a report with NCU=90
+                results/nvidia-h200/rmsnorm_backward.md and residual_rmsnorm_backward.md
 */
 #include "bench.cuh"
 #include "llmc/hopper.cuh"

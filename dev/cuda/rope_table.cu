@@ -11,11 +11,11 @@ What is hard    the angle. Position 131071 at f(0) = 1 is 131071 radians, and a 
                 position 100. So the two variants with angles in float refuse all shapes but short ones, and say by how
                 much they would be off: refuses() makes the same products on the CPU and compares them with the tolerance of
                 the check, which is that of a single rounding to float (bench.cuh) and which the others meet anywhere
-What ships      the host's table. It is made once, before the first step, in 35 to 114 ms; train_llama3.cu and llama3.c
+What ships      the host's table. It is made once, before the first step, in 30 to 114 ms; train_llama3.cu and llama3.c
                 then turn by the same bits, which is what lets one be tested against the other; and there is no kernel to keep.
                 The kernels below are 400 to 6000 times faster at something that takes no time
-Reached         H200, us and % of a copy: HD 64  in_double 91.5 (12), frequencies_once 21.7 (52), reduced_in_double 17.0 (67),
-                turns_in_integers 11.5 (99); HD 128  166 (11), 38.9 (47), 30.1 (61), 18.8 (98)
+Reached         H200, us and % of a copy: HD 64  in_double 91.7 (12), frequencies_once 21.6 (52), reduced_in_double 17.1 (66),
+                turns_in_integers 11.7 (96); HD 128  166 (11), 39.0 (47), 29.9 (61), 18.9 (97)
 
 Metrics         smsp__inst_executed_pipe_fp64 (variants in double), smsp__inst_executed_pipe_xu (conversions),
                 dram__bytes_write, lts__t_sectors_op_write, l1tex__t_sectors_pipe_lsu_mem_global_op_st against requests

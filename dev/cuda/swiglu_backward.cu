@@ -12,9 +12,9 @@ To keep s or not    the forward pass has s in a register and could keep it. In f
                 where s is near 1. An exponential and a reciprocal cost nothing that memory would not hide: llmc makes s again
 In place        a line is read, and written when it still lies in the L2 cache: every thread, or stage of the copy engine, reads
                 all that it will overwrite before it writes
-Reached         H200, bf16, % of a copy, 1B, 8B and 8B apart: one_number 57.6 57.2 57.8, packs 102.1 101.8 102.3, lean 102.3
-                101.8 102.5, production 102.3 101.8 102.3; 1B activation_kept 73.9. Lost: four_packs 100 101 102, once 99 99 98,
-                ahead 98 98 97, resident 98 97 98, copy_engine 96 96 97
+Reached         H200, bf16, % of a copy, 1B, 8B and 8B apart: one_number 57.6 57.2 57.8, packs 102.2 101.6 102.2, lean 102.3
+                101.8 102.4, production 102.2 101.7 102.3; 1B activation_kept 73.9. Lost: four_packs 101 101 101, once 99 98 98,
+                ahead 98 97 97, resident 98 97 98, copy_engine 96 96 97
 Metrics         dram__throughput, smsp__inst_executed, smsp__inst_executed_pipe_xu, l1tex__t_requests_pipe_lsu_mem_global_op_st
                 (a pack that the compiler stores in four pieces of 4 bytes shows here), lts__t_sectors_op_write
 */

@@ -11,9 +11,9 @@ Arithmetic      for 8 numbers of y, 48 bytes: 8 exponentials and 8 reciprocals. 
 Last percents   a copy writes half of its bytes, this op a third: more than 100 % of a copy can be had. What costs: starting
                 65536 blocks, each idle until its first loads are back; the end, where the last blocks do not fill the card;
                 and what the caches are told, see "once"
-Reached         H200, bf16, % of a copy, 1B and 8B: two_kernels 21.2 21.1, one_kernel 40.3 39.8, packs 102.1 101.8,
-                special_functions 103.4 103.2, lean 103.6 103.2, stores_once 103.8 103.2, production 103.6 102.9. Lost: once and
-                past_l1 99 98, ahead 98 97, resident 100 98, copy_engine 98 98
+Reached         H200, bf16, % of a copy, 1B and 8B: two_kernels 21.2 21.1, one_kernel 40.2 39.8, packs 101.8 101.7,
+                special_functions 103.7 103.1, lean 103.6 103.1, stores_once 103.5 103.1, production 103.5 103.3. Lost: once and
+                past_l1 99 98, ahead 97 97, resident 99 98, copy_engine 98 98
 Metrics         dram__throughput, smsp__inst_executed (instructions a pack), smsp__inst_executed_pipe_xu,
                 smsp__warps_issue_stalled_long_scoreboard, lts__t_sectors_op_write beside dram__sectors_write (what stayed in L2)
 */

@@ -11,7 +11,7 @@ Banks           shared memory is 32 columns of 4 bytes. A square of 32 x 32 floa
                 a warp's load instead of one. In bf16 a row of 32 is 16 banks: 16 turns
 Reached         H200, bf16, in % of a copy: columns written 7, columns read 21 (the L1 cache helps who reads, nothing helps
                 who writes), a tile 30, without bank conflicts 36 to 37: what is left is that a lane moves 2 bytes at a
-                time. 16 bytes a lane: registers 87 to 89, packs 88 to 90, strips 90 to 92, copy_engine 89 to 92
+                time. 16 bytes a lane: registers 87 to 88, packs 88 to 90, strips 91, copy_engine 89 to 92
 Metrics         l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_ld and _st (4 for whole lines of 4-byte numbers,
                 32 for a column), l1tex__data_bank_conflicts_pipe_lsu_mem_shared, lts__t_sectors_srcunit_tex_op_write,
                 dram__throughput
