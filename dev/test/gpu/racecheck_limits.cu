@@ -58,9 +58,9 @@ int main(int argc, char** argv) {
         cudaMemset(x, 0, 4 * THREADS * sizeof *x) != cudaSuccess)
         return 1;
     if (strcmp(what, "uneven") == 0) {
-        uneven_kernel<<<4, THREADS>>>(x);
+        uneven_kernel<<<4, THREADS, 0, 0>>>(x);
     } else if (strcmp(what, "groups") == 0) {
-        groups_kernel<<<4, THREADS>>>(x);
+        groups_kernel<<<4, THREADS, 0, 0>>>(x);
     } else if (strcmp(what, "cluster") == 0) {
         cudaLaunchAttribute cluster = {};
         cluster.id = cudaLaunchAttributeClusterDimension;
