@@ -17,7 +17,7 @@ simple          the rest: several queries at once (a prompt), fp32, other sizes.
 Numerics        S, m, l and o in fp32; ring rounds P to bf16 as a factor, as attention_flash.cuh does. Splits, and so the order
                 of sums, follow from the sizes alone: same bits at every run on one kind of GPU
 Bound by        memory: (pos + t) * 2*NKV*HD numbers a token. On an H200, HD 128 and 8 kv heads, ring reads 16 sequences of 8192
-                at 4.16 TB/s (98 % of a copy), one of 65536 at 3.8 TB/s (91 %), and takes 12 us for one of 2048,
+                at 4.2 TB/s (as fast as a copy), one of 65536 at 3.9 TB/s (93 %), and takes 12 us for one of 2048,
                 where simple takes 445: that reads at 19 GB/s, each head of a group for itself
 Proved by       dev/cuda/attention_decode.cu, dev/test/gpu/test_attention_cached.cuh (against the CPU); test_llama3.cu: greedy
                 tokens are as likely as llama3.c's

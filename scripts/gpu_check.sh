@@ -133,9 +133,9 @@ stage_model() {
 # what racecheck must leave out of a program, since it misjudges it (dev/test/gpu/racecheck_limits.cu shows how)
 beyond_racecheck() {
     case $1 in
-        attention | attention_forward) echo hopper ;;                            # the copy engine writes, mbarriers give the order
-        attention_backward) echo hopper flash_backward_kv ;;                     # and bar.arrive: see arrive_as_sync
-        rmsnorm_forward | residual_rmsnorm_forward) echo bulk cooperative ;;     # and cooperative_groups::reduce
+        attention | attention_forward) echo hopper ;;                              # the copy engine writes, mbarriers give the order
+        attention_backward) echo hopper flash_backward_kv ;;                       # and bar.arrive: see arrive_as_sync
+        rmsnorm_forward | residual_rmsnorm_forward) echo bulk cooperative ;;       # and cooperative_groups::reduce
         rmsnorm_backward | residual_rmsnorm_backward) echo producer ring_kernel ;; # and barriers of part of a block, unevenly often
     esac
 }
@@ -189,16 +189,17 @@ CUDA
         compute-sanitizer --tool $tool --kernel-name kns=_kernel --print-limit 1 --error-exitcode 9 "$work/planted"
         [ $? -eq 9 ] || { echo "$tool misses it"; return 1; }
     done
-    ! races --kernel-name kns=_kernel "$work/planted" || { echo "racecheck misses it"; return 1; }
+    races --kernel-name kns=_kernel "$work/planted" | grep "races left: [1-9]" || { echo "racecheck misses it"; return 1; }
 }
 
 # each of its programs is right, and racecheck reports it or dies of it: when one passes, what is left out can come back
 misjudged() {
     nvcc -std=c++17 -arch=native -lineinfo -o "$work/limits" dev/test/gpu/racecheck_limits.cu || return 1
-    local limit
+    local limit says
     for limit in uneven groups cluster; do
+        [ $limit = cluster ] && says="Internal Sanitizer Error" || says="races left: [1-9]"
         "$work/limits" $limit || return 1
-        ! races --kernel-name kns=_kernel "$work/limits" $limit || { echo "racecheck understands $limit now"; return 1; }
+        races --kernel-name kns=_kernel "$work/limits" $limit | grep "$says" || { echo "racecheck understands $limit now"; return 1; }
     done
 }
 

@@ -324,7 +324,8 @@ struct BenchProgram {
         for (int small = 1; small >= run->options.small; small--)
             for (const Shape& s : shapes)
                 if (s.small == (small == 1) && (wanted.empty() || wanted == s.name)) chosen.push_back(&s);
-        if (chosen.empty() && !wanted.empty()) {
+        if (chosen.empty()) {
+            if (wanted.empty()) die("%s: no small shapes", run->op);
             custom = bench_custom_shape(wanted, shapes, N_SHAPES);
             chosen.push_back(&custom);
         }
